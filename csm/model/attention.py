@@ -1,0 +1,103 @@
+"""Which attention kernel runs, chosen in one place for training and for cached inference.
+
+The transformer asks once per forward for a plan and hands it to every layer. What is chosen, and why:
+CPU: `scaled_dot_product_attention`, causal without a mask when every row is one document, else with a boolean
+block-diagonal mask. Keys and values are repeated for grouped queries, because the CPU flash kernel has no grouped form and
+PyTorch would fall back to materialising [B, H, T, T]. CUDA: FlexAttention over a block mask for packed rows (blocks of
+other documents are skipped), SDPA otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class AttentionPlan:
+    """How the layers of one forward attend.
+
+    Attributes:
+        is_causal: causal from the first key on, no mask needed.
+        mask: bool, broadcastable to [B, 1, T, keys], true where a position may look; None: no mask.
+        block_mask: FlexAttention's BlockMask; None: SDPA.
+    """
+
+    is_causal: bool = False
+    mask: Tensor | None = None
+    block_mask: Any = None
+
+
+def positions_from_documents(document_ids: Tensor) -> Tensor:
+    """Positions that restart wherever the id changes. int64 [B, T] -> int64 [B, T]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    is_start = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(is_start, index, 0).cummax(dim=1).values
+
+
+def document_mask(query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """Causal, and inside equal ids: bool [B, 1, T, keys]; the queries are the last T of the keys.
+
+    Padding (-1) looks at padding, so that no row of the softmax is empty and nothing becomes NaN.
+    """
+    num_queries, num_keys = query_ids.shape[1], key_ids.shape[1]
+    same = query_ids[:, None, :, None] == key_ids[:, None, None, :]
+    if num_queries == 1:
+        return same
+    return same & causal_mask(num_queries, num_keys, query_ids.device)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """bool [T, keys]; the queries are the last T of the keys."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def plan_packed_rows(document_ids: Tensor | None) -> AttentionPlan:
+    """The plan of an uncached forward over [B, T] positions."""
+    if document_ids is None:
+        return AttentionPlan(is_causal=True)
+    if document_ids.is_cuda:
+        return AttentionPlan(block_mask=_block_mask(document_ids))
+    if not torch.compiler.is_compiling() and _is_one_document_per_row(document_ids):
+        return AttentionPlan(is_causal=True)
+    return AttentionPlan(mask=document_mask(document_ids, document_ids))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """[B, H, T, head_dim], keys and values [B, kv heads, keys, head_dim] -> [B, H, T, head_dim]."""
+    if plan.block_mask is not None:
+        return _flex_attention()(query, key, value, block_mask=plan.block_mask, enable_gqa=True)
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True)
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1:
+        key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal)
+
+
+def _is_one_document_per_row(document_ids: Tensor) -> bool:
+    """Whether each row is one document from its first position, padded at the end or not at all."""
+    return bool(((document_ids == document_ids[:, :1]) | (document_ids == -1)).all() & (document_ids[:, 1:] <= document_ids[:, :-1]).all())
+
+
+def _block_mask(document_ids: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def may_look(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
+
+    batch_size, length = document_ids.shape
+    return create_block_mask(may_look, batch_size, None, length, length, device=str(document_ids.device))
+
+
+@cache
+def _flex_attention() -> Any:
+    """FlexAttention is only fast compiled; compiled once per process."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
