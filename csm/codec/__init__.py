@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from csm.codec.folder import read_description
 from csm.codec.interface import Codec, DecodeStream
 from csm.codec.spectral import SpectralCodec
 
 __all__ = ["Codec", "DecodeStream", "SpectralCodec", "codec_from_folder", "load_codec"]
-
-DEFAULT_MIMI = "kyutai/mimi"
 
 
 def load_codec(
@@ -36,7 +34,7 @@ def load_codec(
     if name == "mimi":
         from csm.codec.mimi import MimiCodec  # transformers takes seconds to import
 
-        return MimiCodec.load(DEFAULT_MIMI if source is None else source, device=device, num_codebooks=num_codebooks)
+        return MimiCodec.load(source or "kyutai/mimi", device=device, num_codebooks=num_codebooks)
     raise ValueError(f"codec.name={name!r}: expected spectral or mimi")
 
 
@@ -48,10 +46,7 @@ def codec_from_folder(folder: Path, device: torch.device | str = "cpu") -> Codec
         ValueError: if the weights are not those it was written with.
     """
     folder = Path(folder)
-    if not (folder / "codec.json").is_file():
-        raise FileNotFoundError(f"{folder} has no codec.json; expected the folder a codec was saved to")
-    description = json.loads((folder / "codec.json").read_text())
-    name = description.get("name")
+    name = read_description(folder).get("name")
     if name == "spectral":
         return SpectralCodec.load(folder, device)
     if name == "mimi":

@@ -7,19 +7,15 @@ gives codes 1..codebook_size, and an all-zero frame decodes as silence.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from csm.codec import mel
+from csm.codec.folder import check_digest, codec_digest, read_description, read_weights, write_codec_folder
 from csm.codec.interface import Codec, DecodeStream
 from csm.codec.residual_kmeans import fit_codebooks, principal_components, quantise
 from csm.codec.vocoder import PhaseStream, magnitudes_from_log_mels
@@ -58,7 +54,7 @@ class SpectralCodec(Codec):
         self._mean, self._basis, self._codebooks = mean, basis, codebooks
         self.num_codebooks = codebooks.shape[0]
         self.vocab_size = codebooks.shape[1]
-        self.digest = _digest(self._tensors(), _SETTINGS)
+        self.digest = codec_digest(self._tensors(), _SETTINGS)
 
     @classmethod
     def fit(
@@ -149,50 +145,35 @@ class SpectralCodec(Codec):
 
     def save(self, folder: Path) -> None:
         """Write codec.safetensors, then codec.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors().items()}
-        partial = folder / "codec.safetensors.tmp"
-        save_file(tensors, partial)
-        os.replace(partial, folder / "codec.safetensors")
-        description = {
+        description: dict[str, object] = {
             "name": self.name,
             "num_codebooks": self.num_codebooks,
             "vocab_size": self.vocab_size,
             "digest": self.digest,
             "settings": _SETTINGS,
         }
-        partial = folder / "codec.json.tmp"
-        partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
-        os.replace(partial, folder / "codec.json")
+        write_codec_folder(Path(folder), description, self._tensors())
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> SpectralCodec:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: if the folder holds no spectral codec.
+            FileNotFoundError: if the folder holds no codec.
             ValueError: if its files are of another codec or do not match its digest.
         """
         folder = Path(folder)
-        for name in ("codec.json", "codec.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; expected a spectral codec's folder, e.g. <data>/codec")
-        description = json.loads((folder / "codec.json").read_text())
+        description = read_description(folder)
         if description.get("name") != cls.name:
             raise ValueError(f"{folder}: codec.json is of {description.get('name')!r}, expected {cls.name!r}")
         if description.get("settings") != _SETTINGS:
             raise ValueError(f"{folder}: made with settings {description.get('settings')}, this version has {_SETTINGS}; fit the codec again")
-        try:
-            tensors = load_file(folder / "codec.safetensors")
-            codec = cls(tensors["mean"], tensors["basis"], tensors["codebooks"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{folder}/codec.safetensors cannot be read ({error}); copy or fit the codec again") from error
-        if codec.digest != description.get("digest"):
-            raise ValueError(
-                f"{folder}: weights have digest {codec.digest[:12]}, codec.json says {str(description.get('digest'))[:12]}; "
-                "the two files are not of one codec, copy the folder again"
-            )
+        tensors = read_weights(folder)
+        missing = sorted({"mean", "basis", "codebooks"} - tensors.keys())
+        if missing:
+            raise ValueError(f"{folder}/codec.safetensors has no {', '.join(missing)}; copy the codec's folder again")
+        codec = cls(tensors["mean"], tensors["basis"], tensors["codebooks"])
+        check_digest(folder, codec.digest, description)
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> SpectralCodec:
@@ -254,13 +235,3 @@ def _checked(waveform: Tensor) -> Tensor:
     if not bool(torch.isfinite(waveform).all()):
         raise ValueError("a clip has samples that are not finite; check the file it came from")
     return waveform.detach().float()
-
-
-def _digest(tensors: dict[str, Tensor], settings: dict[str, object]) -> str:
-    """sha256 of settings and tensors, in the order of their names."""
-    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.numpy().tobytes())
-    return sha.hexdigest()

@@ -1,0 +1,148 @@
+"""Mimi over transformers: batched equals single, streamed equals whole, and clear words when there are no weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import MimiConfig, MimiModel
+
+from csm.codec import codec_from_folder, load_codec
+from csm.codec.mimi import MimiCodec, _batches_by_length
+
+SLIDING_WINDOW = 10  # positions of attention, 5 frames: short, so that clips here reach past it
+
+
+def tiny_mimi(seed: int = 0) -> MimiModel:
+    torch.manual_seed(seed)
+    model = MimiModel(
+        MimiConfig(
+            hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+            intermediate_size=64, codebook_size=64, codebook_dim=16, vector_quantization_hidden_dimension=16, num_quantizers=8,
+            sliding_window=SLIDING_WINDOW, layer_scale_initial_scale=0.5,
+        )
+    )  # fmt: skip
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def codec() -> MimiCodec:
+    return MimiCodec(tiny_mimi())
+
+
+def clips() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [0.1 * torch.randn(length, generator=generator) for length in (30_000, 1_920, 5_000, 60_001, 1)]
+
+
+def test_codes_have_a_frame_for_every_begun_80_ms(codec):
+    assert [tuple(codes.shape) for codes in codec.encode(clips())] == [(8, 16), (8, 1), (8, 3), (8, 32), (8, 1)]
+
+
+def test_batched_codes_equal_single_codes(codec):
+    together = codec.encode(clips())
+    for clip, codes in zip(clips(), together, strict=True):
+        assert torch.equal(codec.encode([clip])[0], codes)
+
+
+def test_batches_hold_like_lengths_within_the_cap():
+    lengths = [10, 700, 30, 740, 5, 900]
+    batches = _batches_by_length(lengths)
+    assert sorted(sum(batches, [])) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 750 for batch in batches)
+
+
+def test_streamed_decode_equals_transformers_decode(codec):
+    """To float32 rounding: the same sums in another order. Measured 1.3e-5 on samples that reach 17."""
+    codes = codec.encode(clips())[3]
+    assert codes.shape[1] > 2 * SLIDING_WINDOW
+    expected = codec.model.decode(codes[None]).audio_values[0, 0]
+    torch.testing.assert_close(codec.decode(codes), expected, atol=1e-4, rtol=0)
+
+
+def test_any_chunking_of_pushes_gives_the_same_samples(codec):
+    codes = codec.encode(clips())[0]
+    stream = codec.stream()
+    parts = [stream.push(codes[:, start:stop]) for start, stop in ((0, 3), (3, 4), (4, 16))]
+    assert [part.shape[0] for part in parts] == [3 * 1920, 1920, 12 * 1920]
+    assert torch.equal(torch.cat([*parts, stream.finish()]), codec.decode(codes))
+    with pytest.raises(ValueError, match="finished"):
+        stream.push(codes)
+
+
+def test_fewer_codebooks_are_the_first_ones(codec):
+    few = MimiCodec(codec.model, num_codebooks=3)
+    assert torch.equal(few.encode(clips())[0], codec.encode(clips())[0][:3])
+    assert few.decode(few.encode(clips())[2]).shape == (3 * 1920,)
+    assert few.digest != codec.digest
+    with pytest.raises(ValueError, match="1 to 8 codebooks"):
+        MimiCodec(codec.model, num_codebooks=9)
+
+
+def test_no_frame_is_all_zero():
+    model = tiny_mimi()
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer[0] = 0.0
+            buffer[1:] += 100.0  # whatever comes in, entry 0 is the closest
+    codec = MimiCodec(model)
+    table = codec._quantizers()[-1].codebook.embed
+    nearest = 1 + int((table[1:] - table[0]).norm(dim=1).argmin())
+    codes = codec.encode(clips())[0]
+    assert (codes[:-1] == 0).all()
+    assert (codes[-1] == nearest).all()
+
+
+def test_bad_input_is_refused_with_what_was_expected(codec):
+    with pytest.raises(ValueError, match=r"expected float32 \[S\]"):
+        codec.encode([torch.zeros(2, 100)])
+    with pytest.raises(ValueError, match="not finite"):
+        codec.encode([torch.tensor([0.0, float("nan")])])
+    with pytest.raises(ValueError, match=r"expected \[8, F\]"):
+        codec.decode(torch.zeros(9, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected 0 to 63"):
+        codec.decode(torch.full((8, 2), 64))
+
+
+def test_a_model_of_another_frame_rate_is_refused():
+    with pytest.raises(ValueError, match="12.5 frames/s"):
+        MimiCodec(MimiConfig(hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=1, upsampling_ratios=[8, 6, 5, 2]))
+
+
+def test_saved_codec_gives_the_same_codes_and_samples(codec, tmp_path):
+    codec.save(tmp_path)
+    again = codec_from_folder(tmp_path)
+    codes = codec.encode(clips())[0]
+    assert again.digest == codec.digest
+    assert torch.equal(again.encode(clips())[0], codes)
+    assert torch.equal(again.decode(codes), codec.decode(codes))
+
+
+def test_folder_of_transformers_weights_is_loaded_and_saved_by_name(codec, tmp_path):
+    codec.model.save_pretrained(tmp_path / "mimi")
+    loaded = load_codec("mimi", tmp_path / "mimi", num_codebooks=8)
+    assert loaded.digest == codec.digest
+    loaded.save(tmp_path / "codec")
+    assert not (tmp_path / "codec" / "codec.safetensors").exists()
+    assert codec_from_folder(tmp_path / "codec").digest == codec.digest
+
+
+def test_other_weights_than_the_saved_ones_are_refused(codec, tmp_path):
+    codec.save(tmp_path)
+    description = json.loads((tmp_path / "codec.json").read_text())
+    (tmp_path / "codec.json").write_text(json.dumps({**description, "digest": "0" * 64}))
+    with pytest.raises(ValueError, match="not the weights the codes were made with"):
+        codec_from_folder(tmp_path)
+
+
+def test_missing_weights_are_named_with_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="hf download nobody/nothing config.json model.safetensors"):
+        load_codec("mimi", "nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config\.json and model\.safetensors"):
+        load_codec("mimi", tmp_path / "empty")
