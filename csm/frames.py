@@ -106,15 +106,21 @@ def audio_rows(codes: Tensor, *, with_eos: bool = True, learn_c0: bool = True, l
     """Rows of codes [K, F], and the EOS row of K zeros that ends a turn.
 
     Raises:
-        ValueError: if `codes` is not [K, F] or holds an all-zero frame, which would read as EOS.
+        ValueError: if `codes` is not [K, F], not whole numbers from 0, or holds an all-zero frame, which would read as EOS.
     """
     if codes.ndim != 2:
         raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [K, F]; encode one turn at a time")
+    if codes.dtype.is_floating_point or codes.dtype == torch.bool:
+        raise ValueError(f"codes are {codes.dtype}, expected whole numbers; give the codec's output as it is")
     num_codebooks, num_frames = codes.shape
+    if bool((codes < 0).any()):
+        raise ValueError(f"codes hold {int(codes.min())}, expected numbers from 0; encode the turn again with our codec")
     is_zero_frame = (codes == 0).all(dim=0)
     if bool(is_zero_frame.any()):
         where = int(is_zero_frame.nonzero()[0])
-        raise ValueError(f"frame {where} of {num_frames} has {num_codebooks} zero codes, which means EOS; encode the turn again with our codec")
+        raise ValueError(
+            f"frame {where} of {num_frames} has {num_codebooks} zero codes, which means EOS; encode the turn again with our codec"
+        )
     length = num_frames + int(with_eos)
     tokens = torch.zeros(length, num_codebooks + 1, dtype=torch.int64)
     tokens[:num_frames, :-1] = codes.T
@@ -128,13 +134,17 @@ def rows_from_turn(turn: Turn, text: TextEncoder, num_codebooks: int, *, with_eo
     parts = [text_rows(text.encode_turn(turn.speaker, turn.text), num_codebooks)]
     if turn.codes is not None:
         if turn.codes.shape[0] != num_codebooks:
-            raise ValueError(f"a turn has {turn.codes.shape[0]} codebooks, the model expects {num_codebooks}; encode it with the model's codec")
+            raise ValueError(
+                f"a turn has {turn.codes.shape[0]} codebooks, the model expects {num_codebooks}; encode it with the model's codec"
+            )
         parts.append(audio_rows(turn.codes, with_eos=with_eos, learn_c0=turn.learn_c0, learn_depth=turn.learn_depth))
     return Rows.concatenate(parts)
 
 
 def rows_from_turns(turns: Sequence[Turn], text: TextEncoder, num_codebooks: int) -> Rows:
     """A conversation as rows, its turns in order. Positions run on across turns."""
+    if not turns:
+        raise ValueError("a conversation needs at least one turn, got none")
     return Rows.concatenate([rows_from_turn(turn, text, num_codebooks) for turn in turns])
 
 
@@ -188,9 +198,7 @@ class Batch:
         return int((self.mask[..., 0] & ~is_eos_row(self.tokens, self.mask)).sum())
 
     @staticmethod
-    def from_documents(
-        packed: Sequence[Sequence[Rows]], seq_len: int | None = None, keys: Sequence[str] | None = None
-    ) -> Batch:
+    def from_documents(packed: Sequence[Sequence[Rows]], seq_len: int | None = None, keys: Sequence[str] | None = None) -> Batch:
         """Lay documents end to end, one list of them for each row of the batch, and pad to `seq_len` (None: the longest).
 
         Raises:

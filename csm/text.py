@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 BOS_ID, EOS_ID = 128_000, 128_001  # Llama-3
 NUM_LLAMA3_BASE_TOKENS = 128_000
 LLAMA3_VOCAB_SIZE = 128_256
 # Source: the pre-tokenizer pattern published with Llama 3 (llama_models/llama3/tokenizer.py, Meta).
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\s\[\]]+"  # of the word tokenizer
 FILE_NAME = "tokenizer.json"
 
 
@@ -68,19 +67,24 @@ class WordTokenizer(TextTokenizer):
     def __init__(self, words: Iterable[str], num_speakers: int) -> None:
         self.words = sorted(set(words))
         self.num_speakers = num_speakers
+        for word in self.words:
+            if not re.fullmatch(_WORD, word):
+                raise ValueError(f"{word!r} is not a word: expected characters without spaces and brackets")
         self._pieces = ["", "<bos>", "<eos>", *(f"[{i}]" for i in range(num_speakers)), *self.words]
-        self._ids = {piece: i for i, piece in enumerate(self._pieces)}
+        self._speaker_ids = {f"[{i}]": 3 + i for i in range(num_speakers)}
+        self._word_ids = {word: 3 + num_speakers + i for i, word in enumerate(self.words)}  # BOS and EOS cannot be written
         self.vocab_size = len(self._pieces)
 
     def encode(self, text: str) -> list[int]:
-        pieces = re.findall(r"\[\d+\]|[^\s\[\]]+|[\[\]]", text)
-        unknown = [piece for piece in pieces if piece not in self._ids]
-        if unknown:
+        pieces = re.findall(rf"\[\d+\]|{_WORD}|[\[\]]", text)
+        # A speaker only opens a text: elsewhere it would put words into another's mouth.
+        ids = [self._word_ids.get(piece, self._speaker_ids.get(piece) if i == 0 else None) for i, piece in enumerate(pieces)]
+        if None in ids:
             raise ValueError(
-                f"text {text!r} has {unknown[0]!r}, which this model never heard; it knows speakers 0-{self.num_speakers - 1} "
-                f"and the words: {' '.join(self.words)}"
+                f"text {text!r} has {pieces[ids.index(None)]!r}, which this model never heard; it knows "
+                f"speakers 0-{self.num_speakers - 1} and the words: {' '.join(self.words)}"
             )
-        return [self._ids[piece] for piece in pieces]
+        return [i for i in ids if i is not None]
 
     def decode(self, ids: Iterable[int]) -> str:
         pieces = [self._pieces[i] for i in ids if i not in (0, self.bos_id, self.eos_id)]
@@ -121,6 +125,8 @@ class Llama3Tokenizer(TextTokenizer):
     def __init__(self, source: str | None = None) -> None:
         self.source = source
         self._encode, self._decode = _load_llama3(source)
+        if (ids := self._encode("Hello world")) != [9906, 1917]:  # Llama-3's published ids
+            raise ValueError(f"{source}: reads 'Hello world' as {ids}, Llama-3 as [9906, 1917]; give Llama-3's tokenizer")
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text)
@@ -132,7 +138,7 @@ class Llama3Tokenizer(TextTokenizer):
         return {"kind": self.kind, "source": self.source}
 
 
-def _load_llama3(source: str | None):
+def _load_llama3(source: str | None) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
     """Encoding and decoding functions, from whichever form of the tokenizer can be had."""
     path = _packaged_llama3() if source is None else Path(source)
     if path is not None and path.is_dir() and (path / "tokenizer.model").is_file():
@@ -160,7 +166,7 @@ def _load_llama3(source: str | None):
         ) from error
     return (
         lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True),
-        lambda ids: tokenizer.decode(ids),
+        lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
     )
 
 
@@ -206,8 +212,8 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings["kind"]
+        if kind == "words":
+            return WordTokenizer(settings["words"], settings["num_speakers"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not one of our tokenizer files ({error}); prep or training writes it") from error
-    if kind == "words":
-        return WordTokenizer(settings["words"], settings["num_speakers"])
+        raise ValueError(f"{path}: not one of our tokenizer files ({error!r}); prep or training writes it") from error
     return load_tokenizer(kind, settings.get("source"))
