@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csm.config import TransformerConfig
 from csm.model.attention import AttentionPlan, attend, causal_mask, document_mask, plan_packed_rows, positions_from_documents
+from csm.model.functions import rms_norm, rotate, swiglu
 
 INIT_STD = 0.02
 
@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last axis; computed in float32, returned in the input's dtype."""
+    """Divides by the root mean square over the last axis; computed in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -39,9 +39,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * self.scale).to(x.dtype)
+        return rms_norm(x, self.scale, self.eps)
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -58,19 +56,6 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     share_kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (share_kept + (1.0 - share_kept) / config.rope_scaling_factor)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate lane pairs (0, 1), (2, 3), ... of each head: [B, T, H, head_dim] -> the same.
-
-    Pairs are read interleaved, as Sesame's weights want them, and written as two halves, which is cheaper. Queries and keys
-    are written alike and only ever meet in dot products, so the order of lanes does not matter.
-
-    Args:
-        cos, sin: float32, broadcastable to [B, T, 1, head_dim / 2].
-    """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1).to(x.dtype)
 
 
 class KVCache:
@@ -143,8 +128,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None, layer: int) -> Tensor:
         heads = (-1, self.head_dim)
-        query = apply_rope(self.q_proj(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # [B, H, T, head_dim]
-        key = apply_rope(self.k_proj(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # [B, kv heads, T, head_dim]
+        query = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # [B, H, T, head_dim]
+        key = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin).transpose(1, 2)  # [B, kv heads, T, head_dim]
         value = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
             key, value = cache.store(layer, key, value)
@@ -161,7 +146,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.width, config.ffn_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Layer(nn.Module):
