@@ -1,0 +1,245 @@
+"""The recipe of a training run: data, model, callbacks, Trainer, summary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from csm.cli.hydra_entry import main as hydra_main
+from csm.config import TrainConfig
+
+if TYPE_CHECKING:  # torch and Lightning take seconds to import; --help and a typo are answered without them
+    import torch
+    from rich.console import Console
+
+    from csm.model.csm import CSM
+    from csm.text import TextTokenizer
+    from csm.training.module import CSMModule
+
+_ABOUT = (
+    "Train a CSM. Without arguments: build the offline corpus if it is missing, and learn to speak digits on a CPU. "
+    "The run lands in runs/<experiment_name>/<date_time>."
+)
+_EXAMPLES = (
+    "train.py",
+    "train.py data=shards data.path=/data/speech model=csm_1b trainer=ddp trainer.devices=8 trainer.precision=bf16-mixed",
+    "train.py model=csm_1b data=random trainer.max_steps=2 trainer.precision=bf16-true",
+    "train.py run_dir=runs/demo/mine resume=auto optim.lr=1e-4",
+)
+
+
+def main() -> None:
+    """`python train.py`."""
+    hydra_main("train", TrainConfig, train, about=_ABOUT, examples=_EXAMPLES)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run training as configured and return the run folder.
+
+    Raises:
+        ValueError, FileNotFoundError: for input that cannot be used; one line that says what to do.
+    """
+    from rich.console import Console
+
+    from csm.data.datamodule import CSMDataModule
+    from csm.training import callbacks as cb
+    from csm.training import trainer as tr
+    from csm.training.checkpoint import FolderCheckpointIO, checkpoint_step
+    from csm.training.module import CSMModule
+    from csm.training.progress import ProgressLine
+    from csm.training.steps import StepLoader
+
+    console = Console(quiet=not _is_first_process())
+    say = _say_on(console)
+    tr.set_up_torch(config)
+    run_dir = tr.choose_run_dir(config)
+    resume_from = tr.find_resume_point(config, run_dir, say)
+    if resume_from is not None and checkpoint_step(resume_from) >= config.trainer.max_steps:
+        say(f"{run_dir} is already at step {checkpoint_step(resume_from)} of {config.trainer.max_steps}; raise trainer.max_steps to go on")
+        return run_dir
+
+    build_missing_demo_data(config)
+    tokenizer = load_run_tokenizer(config)
+    codec_folder, codec_digest = find_codec(config)
+    data = CSMDataModule(
+        config.data, config.model, tokenizer, codec_digest, config.seed, config.trainer.accumulate, codec_name=config.codec.name
+    )
+    data.prepare_data()
+    data.setup()
+
+    model = build_model(config)
+    module = CSMModule(model, config)
+    clock = cb.Clock()
+    validation = cb.Validation(data.val_dataloader, config, clock)
+    metrics = cb.Metrics(run_dir, config, validation, clock, config.model.num_codebooks)
+    callbacks: list[Any] = [cb.DataPosition(data), validation, metrics]
+    if config.trainer.sample_every:
+        callbacks.append(cb.SpokenSamples(run_dir, config, build_speaker(config, model, tokenizer, codec_folder), clock))
+    checkpoints = cb.Checkpoints(run_dir, config, validation, clock)
+    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), cb.StopOnSignal()]
+    trainer = tr.build_trainer(
+        config.trainer,
+        run_dir,
+        callbacks=callbacks,
+        loggers=tr.build_loggers(config.logger, run_dir, config),
+        checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder),
+    )
+    data.trainer = trainer  # for its rank and the number of ranks
+    steps = StepLoader(
+        data.train_dataloader(),
+        accumulate=config.trainer.accumulate,
+        amortization=config.loss.amortization,
+        num_steps=lambda: config.trainer.max_steps - module.step,
+    )
+    if trainer.is_global_zero:
+        tr.write_run_files(run_dir, config, {config.data.train_split: data.index_digest()}, say)
+        tr.publish_run_dir(run_dir)
+    say(f"{'resuming ' + str(resume_from) if resume_from else 'run folder ' + str(run_dir)}  ({_in_words(config, model)})")
+    trainer.fit(module, train_dataloaders=steps, ckpt_path=resume_from)
+    data.teardown()
+    if trainer.is_global_zero:
+        _summarise(console, config, run_dir, module, metrics.row, validation.latest, clock.elapsed_s)
+    return run_dir
+
+
+def build_missing_demo_data(config: TrainConfig) -> None:
+    """Synthesise the offline corpus when data=demo and its folder is not there; its own progress shows.
+
+    Raises:
+        ValueError: if that fails.
+    """
+    folder = Path(config.data.path)
+    if config.data.kind != "demo" or (folder / config.data.train_split / "index.json").is_file() or not _is_first_process():
+        return
+    print(f"{folder} is missing: building the offline corpus first", flush=True)
+    command = [sys.executable, "-m", "data_prep", "prep=demo", f"output={folder}"]
+    if subprocess.run(command, check=False, cwd=None).returncode:
+        raise ValueError(f"building the corpus failed, see above; try it by itself: {' '.join(['python', *command[1:]])}")
+
+
+def load_run_tokenizer(config: TrainConfig) -> TextTokenizer | None:
+    """The tokenizer of `text`; None for made-up rows, which have ids already."""
+    from csm.data.shards import split_folders
+    from csm.text import load_tokenizer
+
+    if config.data.kind == "random":
+        return None
+    split_folders(config.data.path, config.data.train_split)  # a missing data folder is told before a missing tokenizer
+    source = config.text.source
+    if source is None and config.text.tokenizer == "words":
+        source = config.data.path
+    return load_tokenizer(config.text.tokenizer, source)
+
+
+def find_codec(config: TrainConfig) -> tuple[Path | None, str | None]:
+    """The folder of the codec that the shards were made with, and its digest; training itself never decodes.
+
+    Returns:
+        (None, None) for made-up rows, and where only the shards know their codec (Mimi from the hub).
+    Raises:
+        ValueError: if the folder holds another codec than `codec.name`.
+    """
+    from csm.codec.folder import DESCRIPTION_NAME, read_description
+
+    if config.data.kind == "random":
+        return None, None
+    folder = Path(config.codec.source) if config.codec.source is not None else Path(config.data.path) / "codec"
+    if not (folder / DESCRIPTION_NAME).is_file() and config.codec.name == "mimi":
+        return None, None
+    description = read_description(folder)
+    if description.get("name") != config.codec.name:
+        raise ValueError(
+            f"{folder} holds codec {description.get('name')}, this run has codec={config.codec.name}; choose the codec of the data"
+        )
+    return folder, str(description["digest"])
+
+
+def build_model(config: TrainConfig) -> CSM:
+    """A new model in the precision of the run."""
+    import torch
+
+    from csm.model.csm import CSM
+
+    model = CSM(config.model, seed=config.seed)
+    if config.model.warm_start is not None:
+        from csm.model.pretrained import load_llama_backbone
+
+        load_llama_backbone(model, config.model.warm_start)
+    model.activation_checkpointing = config.trainer.activation_checkpointing
+    if config.trainer.precision == "bf16-true":
+        model = model.to(torch.bfloat16)
+    if config.trainer.compile:
+        model.compile()
+    return model
+
+
+def build_speaker(
+    config: TrainConfig, model: CSM, tokenizer: TextTokenizer | None, codec_folder: Path | None
+) -> Callable[[str, int, int], torch.Tensor]:
+    """A function that speaks a text with the model as it is: (text, speaker, seed) -> float32 [S].
+
+    Raises:
+        ValueError: if the run has no codec or tokenizer to speak with.
+    """
+    from csm.codec import codec_from_folder
+    from csm.generation.generator import Generator
+
+    if tokenizer is None or codec_folder is None:
+        raise ValueError("trainer.sample_every: this run has no codec or tokenizer to speak with (data=random); set trainer.sample_every=0")
+    generator = Generator(model, codec_from_folder(codec_folder), tokenizer)
+    return lambda text, speaker, seed: generator.generate(text, speaker=speaker, seed=seed)
+
+
+def _is_first_process() -> bool:
+    """Whether this process talks; Lightning starts the others with LOCAL_RANK set."""
+    import os
+
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def _say_on(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _in_words(config: TrainConfig, model: CSM) -> str:
+    settings = config.trainer
+    rows = config.data.rows_per_batch * settings.accumulate * settings.devices * settings.num_nodes
+    return f"{model.num_parameters / 1e6:,.1f}M parameters, {rows} rows of {config.data.seq_len} a step, {settings.max_steps} steps"
+
+
+def _summarise(
+    console: Console,
+    config: TrainConfig,
+    run_dir: Path,
+    module: CSMModule,
+    row: dict[str, float],
+    validation: dict[str, float],
+    elapsed_s: float,
+) -> None:
+    from csm.training.progress import duration, print_summary
+
+    checkpoints = run_dir / "checkpoints"
+    best = (checkpoints / "best.txt").read_text(encoding="utf-8").strip()
+    lines = [("steps", f"{module.step} of {config.trainer.max_steps} in {duration(elapsed_s)}")]
+    lines.append(("audio heard", f"{row.get('hours_heard', 0.0):.2f} h at {row.get('frames_per_s', 0.0):,.0f} frames/s"))
+    if module.num_skipped:
+        lines.append(("steps skipped", f"{module.num_skipped}, not finite"))
+    if "train/loss" in row:
+        lines.append(("training loss", f"{row['train/loss']:.3f} (c0 {row['train/c0']:.3f}, depth {row['train/depth']:.3f})"))
+    if validation:
+        lines.append(
+            ("validation loss", f"{validation['val/loss']:.3f} (c0 {validation['val/c0']:.3f}, depth {validation['val/depth']:.3f})")
+        )
+    lines += [("run folder", str(run_dir)), ("best checkpoint", str(checkpoints / best))]
+    if config.logger.name != "none":
+        lines.append(("metrics", str(run_dir / "metrics.csv")))
+    if config.trainer.sample_every:
+        lines.append(("spoken samples", str(run_dir / "samples")))
+    if module.step < config.trainer.max_steps:
+        lines.append(("go on", f"python train.py <the same overrides> run_dir={run_dir} resume=auto"))
+    elif config.data.kind != "random":
+        lines.append(("next", f"python evaluate.py run={run_dir}"))
+    print_summary(console, lines)
