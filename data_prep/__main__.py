@@ -1,0 +1,78 @@
+"""`python -m data_prep`: prepare data. The only place of this package that knows Hydra."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from csm.config import PrepConfig
+
+ABOUT = "Prepare training data: synthesise the offline demo corpus, or write the index of shards made elsewhere."
+EXAMPLES = (
+    "-m data_prep prep=demo output=data/demo",
+    "-m data_prep prep=index output=data/mine   # data/mine/<split>/*.tar, data/mine/codec/codec.json",
+)
+STAGES = {"demo": ("synthesise",), "index": ("index",)}
+
+
+def prepare(config: PrepConfig) -> None:
+    """Run the stages asked for, or all of the named preparation."""
+    known = tuple(stage for stages in STAGES.values() for stage in stages)
+    unknown = [stage for stage in config.stages if stage not in known]
+    if unknown:
+        raise ValueError(f"stages={config.stages}: no stage {unknown[0]!r}; there are: {', '.join(known)}")
+    for stage in config.stages or STAGES[config.name]:
+        if stage == "synthesise":
+            from data_prep.demo import build_demo
+
+            build_demo(config)
+        else:
+            index_folder(Path(config.output))
+
+
+def index_folder(folder: Path) -> None:
+    """Index a split folder, or every split of a data folder.
+
+    Raises:
+        FileNotFoundError: if there are no tars, or nothing says which codec made the codes.
+    """
+    from data_prep.shard import index_split
+
+    splits = [folder] if any(folder.glob("*.tar")) else sorted({path.parent for path in folder.glob("*/*.tar")})
+    if not splits:
+        raise FileNotFoundError(f"{folder}: no *.tar in it or in the folders below; give output=<data folder or split folder>")
+    for split in splits:
+        index = index_split(split, _codec_entry(split))
+        num_samples = sum(shard["num_samples"] for shard in index["shards"])
+        print(f"{split}: {len(index['shards'])} shards, {num_samples} samples indexed")
+
+
+def _codec_entry(split: Path) -> dict[str, Any]:
+    """How the index names the codec, read from codec/codec.json beside or above the split."""
+    from csm.frames import FRAME_RATE_HZ, SAMPLE_RATE_HZ
+
+    places = [split / "codec" / "codec.json", split.resolve().parent / "codec" / "codec.json"]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{split}: which codec made the codes? expected {places[1]} with its name, num_codebooks and digest; "
+            "copy the codec folder there"
+        )
+    try:
+        codec = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "name": codec["name"],
+            "num_codebooks": codec["num_codebooks"],
+            "frame_rate_hz": FRAME_RATE_HZ,
+            "sample_rate_hz": SAMPLE_RATE_HZ,
+            "digest": codec["digest"],
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected name, num_codebooks and digest of a codec, got {error}") from error
+
+
+if __name__ == "__main__":
+    from csm.cli.hydra_entry import main
+
+    main("prep", PrepConfig, prepare, about=ABOUT, examples=EXAMPLES)
