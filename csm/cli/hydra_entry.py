@@ -91,7 +91,9 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
 
 def help_text(config_name: str, schema: type, overrides: Sequence[str] = (), *, about: str = "", examples: Sequence[str] = ()) -> str:
     """What `--help` prints: groups and their choices, then every key with its value and its comment in csm/config.py."""
-    config = compose(config_name, overrides, schema)
+    given = {override.split("=")[0] for override in overrides}
+    required = OmegaConf.missing_keys(OmegaConf.structured(schema)) - given  # shown as what they are: yours to give
+    config = compose(config_name, [*overrides, *(f"{key}='<required>'" for key in sorted(required))], schema)
     lines = [*textwrap.wrap(about, 118), ""]
     lines += [f"  python {example}" for example in examples] + [""]
     groups = _groups(config_name)
