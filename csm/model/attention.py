@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _MAX_EXPLICIT_KEYS = 256
 
 

@@ -7,9 +7,9 @@ sampling `csm.generation`'s, files `csm.model.pretrained`'s. Parameter names are
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +125,7 @@ class CSM(nn.Module):
         outputs = self.decoder(x)[:, 1:]  # [N, K-1, E]; what the hidden state's own position says is not used
         return torch.bmm(outputs.transpose(0, 1), self.audio_head).transpose(0, 1)
 
-    def forward(
-        self, tokens: Tensor, mask: Tensor, document_ids: Tensor | None = None, depth_index: Tensor | None = None
-    ) -> CSMOutput:
+    def forward(self, tokens: Tensor, mask: Tensor, document_ids: Tensor | None = None, depth_index: Tensor | None = None) -> CSMOutput:
         """Run the backbone over packed rows and, for the frames asked for, the depth decoder.
 
         Args:
@@ -153,9 +151,7 @@ class CSM(nn.Module):
         return CSMOutput(hidden, c0_logits, logits)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-    ) -> CSM:
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> CSM:
         """Read a checkpoint: a folder, a run, or a hub id; our layout, Sesame's or transformers', detected.
 
         Raises:
@@ -166,7 +162,7 @@ class CSM(nn.Module):
 
         return load_model(path, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str | Path, layout: str = "csm", **extras: object) -> None:
+    def save_pretrained(self, folder: str | Path, layout: str = "csm", **extras: Any) -> None:
         """Write weights and config; see `csm.model.pretrained.save_model` for the layouts and what else can be written."""
         from csm.model.pretrained import save_model
 
