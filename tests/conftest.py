@@ -122,7 +122,7 @@ def demo_corpus_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "corpus.json").is_file():
             settings = ("prep=demo", f"output={folder}", "seed=0", "num_train_strings=24", "num_heldout_strings=3", "num_phases=2")
             command = [sys.executable, "-m", "data_prep", *settings, "num_workers=1"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
             if done.returncode != 0:
                 pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return folder

@@ -213,3 +213,16 @@ def test_the_clock_is_mimis() -> None:
 def test_a_conversation_without_turns_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one turn"):
         frames.rows_from_turns([], TEXT, 4)
+
+
+def test_a_conversation_is_its_text_rows_and_audio_rows_joined() -> None:
+    codes = torch.randint(1, 9, (4, 3), generator=torch.Generator().manual_seed(0))
+    turns = [frames.Turn(0, "one"), frames.Turn(1, "two", codes=codes, learn_c0=False), frames.Turn(0, "one", codes=codes + 1)]
+    parts = []
+    for turn in turns:
+        parts.append(frames.text_rows(TEXT.encode_turn(turn.speaker, turn.text), 4))
+        if turn.codes is not None:
+            parts.append(frames.audio_rows(turn.codes, learn_c0=turn.learn_c0, learn_depth=turn.learn_depth))
+    whole, joined = frames.rows_from_turns(turns, TEXT, 4), frames.Rows.concatenate(parts)
+    for name in ("tokens", "mask", "learn_c0", "learn_depth"):
+        assert torch.equal(getattr(whole, name), getattr(joined, name)) and getattr(whole, name).dtype == getattr(joined, name).dtype
