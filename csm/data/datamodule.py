@@ -1,0 +1,179 @@
+"""The LightningDataModule: opens what the configuration names, checks it against the model, and hands out loaders."""
+
+from __future__ import annotations
+
+import logging
+
+from lightning.pytorch import LightningDataModule
+
+from csm.config import DataConfig, ModelConfig
+from csm.data.loader import NUM_RANDOM_VALIDATION_ROWS, RandomRows, RowSource, ShardRows, TrainLoader, ValidationLoader
+from csm.data.packing import EpochPlan, measure_turns
+from csm.data.shards import BadSamples, ShardReader, split_folders
+from csm.text import TextTokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class CSMDataModule(LightningDataModule):
+    """Packed batches (`csm.frames.Batch`) for training and validation.
+
+    Works without a Trainer too: `setup()`, then the loaders.
+
+    Args:
+        tokenizer: reads the turns' text; None only for data.kind=random.
+        codec_digest: of the codec the model is to speak with; shards made with another are refused. None: not compared.
+        seed: of the order of training rows.
+        accumulate: micro-batches of one optimizer step.
+        rank, world_size: None takes the Trainer's, or one process without a Trainer.
+        codec_name: for the message about a wrong codec.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        tokenizer: TextTokenizer | None = None,
+        codec_digest: str | None = None,
+        seed: int = 0,
+        accumulate: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        codec_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is None and data.kind != "random":
+            raise ValueError(f"data.kind={data.kind} needs a tokenizer; only random rows go without")
+        if tokenizer is not None and tokenizer.vocab_size > model.text_vocab_size:
+            raise ValueError(
+                f"model.text_vocab_size={model.text_vocab_size}: the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} ids; "
+                f"set model.text_vocab_size={tokenizer.vocab_size} or more"
+            )
+        self.data, self.model, self.tokenizer = data, model, tokenizer
+        self.codec_digest, self.codec_name = codec_digest, codec_name
+        self.seed, self.accumulate = seed, accumulate
+        self._rank, self._world_size = rank, world_size
+        self._train: RowSource | None = None
+        self._validation: RowSource | None = None
+        self._loader: TrainLoader | None = None
+        self._resume_from: dict | None = None
+
+    def prepare_data(self) -> None:
+        """Check the shards and measure the turns, on one process a node; the others find the lengths beside the shards."""
+        if self.data.kind == "random":
+            return
+        for split in (self.data.train_split, self.data.val_split):
+            reader = self._open(split)
+            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open both splits; doing it again changes nothing."""
+        if self._train is not None:
+            return
+        if self.data.kind == "random":
+            self._train = RandomRows(self.data, self.model)
+            self._validation = RandomRows(self.data, self.model, NUM_RANDOM_VALIDATION_ROWS)
+            return
+        copies = max(1, self.data.num_workers)
+        train = ShardRows(self._open(self.data.train_split), self._tokenizer(), self.data, self.model, copies)
+        self._validation = ShardRows(self._open(self.data.val_split), self._tokenizer(), self.data, self.model)
+        self._train = train
+
+    def train_dataloader(self) -> TrainLoader:
+        """Micro-batches of this rank; the same loader each time, so that it keeps its position."""
+        if self._loader is None:
+            self.setup()
+            assert self._train is not None
+            rank, world_size = self._place()
+            self._loader = TrainLoader(
+                self._train,
+                seed=self.seed,
+                rows_per_batch=self.data.rows_per_batch,
+                accumulate=self.accumulate,
+                rank=rank,
+                world_size=world_size,
+                num_workers=self.data.num_workers,
+            )
+            if self._resume_from is not None:
+                self._loader.load_state_dict(self._resume_from)
+        return self._loader
+
+    def val_dataloader(self) -> ValidationLoader:
+        """The first `data.max_val_batches` batches of a fixed order (over all ranks together), or all."""
+        self.setup()
+        assert self._validation is not None
+        rank, world_size = self._place()
+        return ValidationLoader(
+            self._validation,
+            rows_per_batch=self.data.rows_per_batch,
+            max_batches=self.data.max_val_batches,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """Where training is in the data: {epoch, batch, seed, fingerprint}; `batch` counts optimizer steps of the epoch."""
+        return self.train_dataloader().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the position belongs to other data, another seed or other packing.
+        """
+        self._resume_from = state_dict
+        if self._loader is not None:
+            self._loader.load_state_dict(state_dict)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop the workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def index_digest(self) -> str:
+        """Names the training data: the digest of its shard index, or "random"."""
+        self.setup()
+        assert self._train is not None
+        return str(self._train.fingerprint["index"])
+
+    def stats(self) -> dict[str, float]:
+        """Counts of the training split and of its first epoch, for logs and reports."""
+        loader = self.train_dataloader()
+        plan = loader.plan(0)
+        num_steps = loader.steps_of(0)
+        stats: dict[str, float] = {
+            "rows_per_epoch": plan.num_rows,
+            "steps_per_epoch": num_steps,
+            "left_out_rows": plan.num_rows - num_steps * loader.rows_per_step,
+        }
+        if isinstance(self._train, ShardRows) and isinstance(plan, EpochPlan):
+            reader, documents = self._train.reader, self._train.documents
+            stats |= {
+                "samples": len(reader),
+                "hours": float(reader.duration_s.sum()) / 3600,
+                "frames": int(reader.num_frames.sum()),
+                "documents": len(documents),
+                "positions": documents.num_positions,
+                "useful_share": plan.useful_share,
+                "cut_conversations": documents.num_cut,
+                "left_out_turns": documents.num_too_long,
+                "bad_samples": len(self._train.bad.reasons),
+            }
+        return stats
+
+    def _open(self, split: str) -> ShardReader:
+        reader = ShardReader(split_folders(self.data.path, split))
+        for index in reader.indexes:
+            index.check_codec(num_codebooks=self.model.num_codebooks, digest=self.codec_digest, name=self.codec_name)
+        return reader
+
+    def _tokenizer(self) -> TextTokenizer:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world size)."""
+        trainer = self.trainer
+        rank = self._rank if self._rank is not None else trainer.global_rank if trainer is not None else 0
+        world_size = self._world_size if self._world_size is not None else trainer.world_size if trainer is not None else 1
+        return rank, world_size
