@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _REPOSITORY = CONFIG_DIR.parent
 _CODE_FOLDERS = tuple(str(_REPOSITORY / name) + os.sep for name in ("csm", "data_prep"))
-_NOT_GROUPS = ("hydra", "schema")
+_NOT_GROUPS = ("override ", "optional ")  # in a defaults list
 Schema = TypeVar("Schema")
 
 
@@ -151,7 +151,7 @@ def _groups(config_name: str) -> dict[str, list[str]]:
     return {
         str(name): sorted(path.stem for path in (CONFIG_DIR / str(name)).glob("*.yaml"))
         for name in names
-        if not str(name).startswith(("override ", *_NOT_GROUPS))
+        if not str(name).startswith(_NOT_GROUPS)
     }
 
 

@@ -136,7 +136,7 @@ class StateDtypeAdamW(Optimizer):
             new_square = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             mean.copy_(new_mean)
             square.copy_(new_square)
-            denominator = new_square.sqrt_().div_(bias2_root).add_(group["eps"])
+            denominator = new_square.sqrt().div_(bias2_root).add_(group["eps"])
             weight.copy_(weight.float().mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(new_mean, denominator, value=-step_size))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
