@@ -1,0 +1,139 @@
+"""The `csm` command: generate, watermark, export, voices, plan.
+
+Each subcommand declares its options and runs them; the long ones have files of their own. Mistakes of the user end with one
+line on stderr and status 2; CSM_DEBUG=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from csm.cli import generate, voices
+from csm.cli.generate import read_json
+from csm.cli.subcommand import add_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of --out - went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("CSM_DEBUG") == "1":
+            traceback.print_exception(error)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="csm",
+        description="Speak with a CSM, verify watermarks, convert checkpoints, keep voices, plan runs.",
+        epilog="Training, evaluation and data preparation have commands of their own: train.py, evaluate.py, python -m data_prep.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for declare in (generate.declare, _declare_watermark, _declare_export, voices.declare, _declare_plan):  # one line a command
+        declare(commands)
+    return parser
+
+
+def _declare_watermark(commands: Any) -> None:
+    command = add_command(
+        commands, "watermark", _watermark, "Verify that sound files carry our watermark: status 0 when all do, 1 when one does not."
+    )
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAV, FLAC, OGG or MP3, any sample rate")
+    command.add_argument("--json", action="store_true", help="a list of {file, is_marked, confidence}")
+
+
+def _watermark(arguments: argparse.Namespace) -> int:
+    from csm.generation.audio_files import read_audio
+    from csm.generation.watermark import PerthWatermarker
+
+    watermarker = PerthWatermarker()
+    results = []
+    for path in arguments.files:
+        waveform, sample_rate = read_audio(path, resample=False)
+        result = watermarker.detect(waveform, sample_rate)
+        results.append({"file": str(path), "is_marked": result.is_marked, "confidence": round(result.confidence, 4)})
+        if not arguments.json:
+            print(f"{path}: {'marked' if result.is_marked else 'NOT marked'} (confidence {result.confidence:.3f})")
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    return 0 if all(result["is_marked"] for result in results) else 1
+
+
+def _declare_export(commands: Any) -> None:
+    command = add_command(commands, "export", _export, "Write a checkpoint in another layout: ours, Sesame's or transformers'.")
+    command.add_argument("source", metavar="SRC", help="a run, a checkpoint folder in any layout, or a hub id")
+    command.add_argument("target", type=Path, metavar="DST", help="a folder that does not exist yet, or is empty")
+    command.add_argument("--layout", required=True, choices=("transformers", "sesame", "csm"))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from csm.model.pretrained import load_model, resolve_checkpoint, save_model
+
+    source = resolve_checkpoint(arguments.source)
+    target = arguments.target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; name a new one")
+    model = load_model(source, dtype=None)
+    save_model(model, target, layout=arguments.layout, codec=_mimi_inside(source) if arguments.layout == "transformers" else None)
+    if arguments.layout == "csm":  # the layouts of others have no place for them
+        if (source / "tokenizer.json").is_file():
+            shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
+        if (source / "codec").is_dir():
+            shutil.copytree(source / "codec", target / "codec")
+    print(f"{target}: {model.num_parameters:,} parameters in layout {arguments.layout}")
+    return 0
+
+
+def _mimi_inside(source: Path) -> Any:
+    """The Mimi to write into transformers' layout: the checkpoint's own; None where there is none."""
+    from csm.codec import codec_from_folder
+    from csm.model.pretrained import CodecWeights, load_codec_weights
+
+    inside = load_codec_weights(source)
+    if inside is not None or not (source / "codec" / "codec.json").is_file():
+        return inside
+    if read_json(source / "codec" / "codec.json").get("name") != "mimi":
+        return None
+    model = codec_from_folder(source / "codec").model  # type: ignore[attr-defined]
+    return CodecWeights(model.config.to_dict(), model.state_dict())
+
+
+def _declare_plan(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "plan",
+        _plan,
+        "What a training run would need: parameters, FLOPs, memory a GPU, GPU-hours.",
+        "example: csm plan model=csm_8b devices=64 hours=1000000",
+    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of csm.config.PlanConfig, e.g. model=csm_1b devices=8 hours=1e5")
+    command.add_argument("--json", action="store_true")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from csm.cli.plan import plan_command  # Hydra is for this command only
+
+    plan_command(arguments.overrides, as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
