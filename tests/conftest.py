@@ -167,3 +167,19 @@ def write_conversations() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def shipped_model_config() -> Callable[[str], ModelConfig]:
+    """`shipped_model_config("csm_1b")`: configs/model/csm_1b.yaml over ModelConfig's defaults, read without Hydra."""
+    from dataclasses import replace
+
+    import yaml
+
+    def read(name: str) -> ModelConfig:
+        values = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+        config = ModelConfig()
+        parts = {part: replace(getattr(config, part), **values.pop(part, {})) for part in ("backbone", "depth_decoder")}
+        return replace(config, **parts, **values)
+
+    return read
