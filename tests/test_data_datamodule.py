@@ -247,6 +247,8 @@ def test_wrong_codec_is_refused_naming_both(data: DataConfig, tiny_model_config:
 def test_missing_data_says_what_to_run(make, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such folder.*python -m data_prep prep=demo"):
         make(path=str(tmp_path / "nothing")).setup()
+    with pytest.raises(FileNotFoundError, match="dev: no such folder.*set data.val_split to a split that is there"):
+        make(val_split="dev").setup()
 
 
 def test_step_larger_than_the_data_is_refused(make):

@@ -53,6 +53,7 @@ class CSMDataModule(LightningDataModule):
         self.codec_digest, self.codec_name = codec_digest, codec_name
         self.seed, self.accumulate = seed, accumulate
         self._rank, self._world_size = rank, world_size
+        self._readers: dict[str, ShardReader] = {}
         self._train: RowSource | None = None
         self._validation: RowSource | None = None
         self._loader: TrainLoader | None = None
@@ -162,10 +163,18 @@ class CSMDataModule(LightningDataModule):
         return stats
 
     def _open(self, split: str) -> ShardReader:
-        reader = ShardReader(split_folders(self.data.path, split))
-        for index in reader.indexes:
-            index.check_codec(num_codebooks=self.model.num_codebooks, digest=self.codec_digest, name=self.codec_name)
-        return reader
+        """The reader of a split whose codec is the model's."""
+        if split not in self._readers:
+            try:
+                reader = ShardReader(split_folders(self.data.path, split))
+            except FileNotFoundError as error:
+                if split != self.data.val_split:
+                    raise
+                raise FileNotFoundError(f"{error}; or set data.val_split to a split that is there") from error
+            for index in reader.indexes:
+                index.check_codec(num_codebooks=self.model.num_codebooks, digest=self.codec_digest, name=self.codec_name)
+            self._readers[split] = reader
+        return self._readers[split]
 
     def _tokenizer(self) -> TextTokenizer:
         assert self.tokenizer is not None

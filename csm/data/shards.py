@@ -29,7 +29,9 @@ from csm.frames import SAMPLE_RATE_HZ, Turn
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 MAX_OPEN_SHARDS = 256  # file descriptors of one reader in one process; the least recently read is closed first
+NUM_BAD_NAMED = 20  # bad samples that a run names in its log
 MEMBERS = ("json", "codes.npy", "flac")
+_NO_MEMBER = (-1, -1)  # offset and size
 
 _log = logging.getLogger(__name__)
 _Entry = TypeVar("_Entry", "CodecEntry", "ShardEntry")
@@ -300,7 +302,9 @@ class BadSamples:
         if sample_index in self.reasons:
             return
         self.reasons[sample_index] = reason
-        _log.warning("left out a bad sample (%d so far): %s", len(self.reasons), reason)
+        if len(self.reasons) <= NUM_BAD_NAMED:
+            and_on = "; more will only be counted" if len(self.reasons) == NUM_BAD_NAMED else ""
+            _log.warning("left out a bad sample (%d so far): %s%s", len(self.reasons), reason, and_on)
         if len(self.reasons) > self.max_share * self.num_samples:
             raise ValueError(
                 f"{len(self.reasons)} of {self.num_samples} samples are bad, more than data.max_bad_share={self.max_share}; "
@@ -385,25 +389,20 @@ def _read_samples_table(shard: Path, entry: ShardEntry) -> _SamplesTable:
     path = shard.with_suffix(".samples.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there, expected beside {shard.name}; {_index_advice(shard.parent)}")
-    keys: list[str] = []
-    counts = np.zeros((entry.num_samples, 3))
-    members = np.full((entry.num_samples, len(MEMBERS), 2), -1, dtype=np.int64)
     try:
-        lines = path.read_bytes().splitlines()
+        # one parse for all lines: twice as fast as one for each
+        lines = json.loads(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
         if len(lines) != entry.num_samples:
             raise ValueError(f"{len(lines)} lines, the index says {entry.num_samples} samples")
-        for row, line in enumerate(lines):
-            raw = json.loads(line)
-            keys.append(raw["key"])
-            counts[row] = raw["num_frames"], raw["num_characters"], raw["duration_s"]
-            for column, member in enumerate(MEMBERS):
-                if member in raw["members"]:
-                    members[row, column] = raw["members"][member]
+        keys = [line["key"] for line in lines]
+        counts = np.array([(line["num_frames"], line["num_characters"], line["duration_s"]) for line in lines], dtype=np.float64)
+        places = [[line["members"].get(member, _NO_MEMBER) for member in MEMBERS] for line in lines]
+        members = np.array(places, dtype=np.int64).reshape(-1, len(MEMBERS), 2)
         if members.size and members.sum(axis=2).max() > entry.num_bytes:
             raise ValueError(f"a member ends after the shard's {entry.num_bytes} bytes")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; {_index_advice(shard.parent)}") from error
-    return _SamplesTable(keys, counts, members)
+    return _SamplesTable(keys, counts.reshape(-1, 3), members)
 
 
 @lru_cache(maxsize=65_536)
