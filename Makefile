@@ -45,11 +45,10 @@ test: $(STAMP) ## every test, the slow ones too
 test-fast: $(STAMP) ## unit tests only
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not prep" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff, types, import contracts
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(VENV)/bin/lint-imports
+lint: $(STAMP) ## ruff, types, import contracts; runs all four, then fails if one did
+	@failed=; for check in "ruff check ." "ruff format --check -q ." "mypy" "lint-imports --no-logo"; do \
+		echo "== $$check"; $(VENV)/bin/$$check || failed="$$failed [$$check]"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 format: $(STAMP) ## let ruff sort imports and lay out the code
 	$(PY) -m ruff check --select I --fix .
