@@ -21,7 +21,7 @@ NUM_BINS = NUM_FFT // 2 + 1
 NUM_MELS = 80
 HOPS_PER_FRAME = SAMPLES_PER_FRAME // HOP_SAMPLES  # 8
 MARGIN_SAMPLES = (NUM_FFT - HOP_SAMPLES) // 2  # 392, seen on each side of a frame
-MEL_FLOOR = 1e-3  # of a band's summed magnitude; everything below is silence
+MEL_FLOOR = 1e-2  # of a band's summed magnitude, about -90 dB of full scale; everything below is silence
 ROWS_PER_BLOCK = 256  # matrix products run on blocks of one size, so that a row's result does not depend on its neighbours
 
 

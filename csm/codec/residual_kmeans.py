@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 NUM_ITERATIONS = 12  # of k-means, per codebook
-NUM_KMEANS_ROWS = 24_000  # rows k-means looks at; more changes the error by less than 1%
+_ROWS_PER_CHUNK = 8_192  # bounds the float64 copy a fit makes
 
 
 def principal_components(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean [D] and the `size` leading directions [size, D] of rows [N, D], float32; signs fixed, so that fits repeat."""
-    mean = rows.double().mean(dim=0)
-    centred = rows.double() - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred / rows.shape[0])
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for chunk in rows.split(_ROWS_PER_CHUNK):
+        centred = chunk.double() - mean
+        covariance += centred.T @ centred
+    _, vectors = torch.linalg.eigh(covariance / rows.shape[0])
     basis = vectors.flip(1)[:, :size].T  # [size, D], by falling variance
     signs = torch.gather(basis, 1, basis.abs().argmax(dim=1, keepdim=True)).sign()
     return mean.float(), (basis * signs).float().contiguous()
@@ -51,8 +54,7 @@ def kmeans(rows: Tensor, num_centres: int, generator: torch.Generator) -> Tensor
 def fit_codebooks(rows: Tensor, num_codebooks: int, codebook_size: int, seed: int) -> Tensor:
     """Fit one k-means after the other, each on what the ones before leave. [N, D] -> [num_codebooks, codebook_size, D]."""
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(rows.shape[0], generator=generator)[:NUM_KMEANS_ROWS].sort().values
-    residual = rows[picked].clone()
+    residual = rows.clone()
     codebooks = []
     for _ in range(num_codebooks):
         centres = kmeans(residual, codebook_size, generator)

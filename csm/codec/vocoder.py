@@ -86,7 +86,7 @@ class PhaseStream:
             estimate = torch.fft.rfft(windows * self._window)
             pushed = estimate if previous is None else estimate + MOMENTUM * (estimate - previous)
             previous = estimate
-            spectrum = magnitudes * pushed.sgn()
+            spectrum = magnitudes * _phasors(pushed)
         signal = self._synthesise(spectrum, weight, is_last=ahead is None).flatten()
         start = MARGIN_SAMPLES if self._is_first else 0
         self._is_first = False
@@ -98,13 +98,13 @@ class PhaseStream:
         self._tail_weight = self._overlap(self._squared.expand(HOPS_PER_FRAME, -1, -1))[HOPS_PER_FRAME:]
         self._last = spectrum[HOPS_PER_FRAME - 1]
         self._pending = ahead
-        self._pending_phase = spectrum[HOPS_PER_FRAME:].sgn()
+        self._pending_phase = _phasors(spectrum[HOPS_PER_FRAME:])
         return signal[start:SAMPLES_PER_FRAME]
 
     def _first_guess(self, magnitudes: Tensor) -> Tensor:
         """Unit phasors: kept from the look-ahead where there are any, carried on from the hop before where not."""
         phases = [] if self._pending_phase is None else list(self._pending_phase)
-        phase = phases[-1] if phases else self._last.sgn()
+        phase = phases[-1] if phases else _phasors(self._last)
         for hop in range(len(phases), magnitudes.shape[0]):
             phase = phase * self._advance
             phase = torch.where(phase == 0, torch.ones_like(phase), phase)
@@ -132,3 +132,8 @@ class PhaseStream:
         if is_last:
             signal.flatten()[SAMPLES_PER_FRAME + MARGIN_SAMPLES :] = 0.0  # nor after it
         return signal
+
+
+def _phasors(spectrum: Tensor) -> Tensor:
+    """Divided by its magnitude; what is nothing stays nothing (torch.sgn gives NaN where the magnitude underflows)."""
+    return spectrum / spectrum.abs().clamp(min=1e-12)
