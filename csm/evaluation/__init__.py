@@ -1,0 +1,1 @@
+"""How good a checkpoint is: suites of held-out lines, judges, metrics with intervals, and the report."""

@@ -1,0 +1,182 @@
+"""From a clip to its verdict, and from the verdicts of a row to the numbers of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from csm.evaluation.acoustics import is_silent, mel_distance_db
+from csm.evaluation.asr import Recogniser
+from csm.evaluation.metrics import Estimate, WordErrors, count_word_errors, is_runaway, mean_estimate, ratio_estimate
+from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
+from csm.evaluation.suites import CONTEXT, SINGLE, Utterance
+from csm.frames import SAMPLE_RATE_HZ
+from csm.generation.generator import GeneratedCodes
+
+GROUND_TRUTH, RESYNTHESIS, MODEL = "ground_truth", "resynthesis", "model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: who speaks which suite.
+
+    Attributes:
+        source: "ground_truth", "resynthesis" (ground truth through the codec) or "model".
+        temperature: of the model; None for the others.
+        suffix: of its metrics' names: "wer" + suffix. Empty for the model alone at the first temperature.
+    """
+
+    source: str
+    suite: str
+    temperature: float | None
+    suffix: str
+
+    @property
+    def name(self) -> str:
+        """Its folder under clips/, and its name in samples.jsonl."""
+        return "model" + self.suffix if self.source == MODEL else self.source
+
+    @property
+    def title(self) -> str:
+        if self.source != MODEL:
+            return self.source.replace("_", " ").capitalize()
+        how = "greedy" if self.temperature == 0 else f"T = {self.temperature:g}"
+        return f"{'In context' if self.suite == CONTEXT else 'Model'}, {how}"
+
+
+def plan_rows(temperatures: Sequence[float], *, context: bool, has_audio: bool) -> list[Row]:
+    """The rows of the table, in order: the ceiling first, then the model alone, then in context."""
+    rows = [Row(GROUND_TRUTH, SINGLE, None, "_ground_truth")] if has_audio else []
+    rows.append(Row(RESYNTHESIS, SINGLE, None, "_resynthesis"))
+    for suite in (SINGLE, CONTEXT) if context else (SINGLE,):
+        for index, temperature in enumerate(temperatures):
+            at = "" if index == 0 else f"_t{temperature:g}"
+            rows.append(Row(MODEL, suite, temperature, ("_context" if suite == CONTEXT else "") + at))
+    return rows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in one clip; a line of samples.jsonl.
+
+    Attributes:
+        hypothesis: what the recogniser heard; "" for an empty clip, which is not sent to it.
+        voice_guess: the nearest voice, None for an empty clip (counted as wrong).
+        voice_similarity: cosine to its own voice's centroid; 0 for an empty clip.
+        duration_ratio: to the reference.
+        reached_eos: whether the model ended by itself; true of references.
+        mel_distance: dB, None for an empty clip.
+        wav: path below the evaluation folder.
+        seed: of the model's draws; None for references.
+        num_dropped_turns: context turns that did not fit the window.
+    """
+
+    key: str
+    row: str
+    suite: str
+    temperature: float | None
+    seed: int | None
+    num_dropped_turns: int
+    speaker: int
+    voice: str
+    text: str
+    hypothesis: str
+    hits: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    voice_guess: str | None
+    voice_similarity: float
+    duration_s: float
+    reference_s: float
+    duration_ratio: float
+    reached_eos: bool
+    is_runaway: bool
+    is_empty: bool
+    mel_distance: float | None
+    wav: str
+
+    @property
+    def word_errors(self) -> WordErrors:
+        return WordErrors(self.hits, self.substitutions, self.deletions, self.insertions)
+
+    def as_json(self) -> dict[str, object]:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+class Judge:
+    """Listens to clips. Safe to use from several threads; a verdict depends on the clip alone."""
+
+    def __init__(self, recogniser: Recogniser, encoder: SpeakerEncoder, voices: VoiceBook) -> None:
+        self.recogniser, self.encoder, self.voices = recogniser, encoder, voices
+
+    def judge(
+        self, row: Row, utterance: Utterance, audio: np.ndarray, reference: np.ndarray, said: GeneratedCodes | None, wav: str
+    ) -> Verdict:
+        """Judge one clip.
+
+        Args:
+            audio, reference: 24 kHz float32 [S]; the clip, and the real recording of the line.
+            said: what the model made; None for a reference.
+        """
+        reached_eos = said is None or said.reached_eos
+        is_empty = is_silent(audio)
+        hypothesis = "" if is_empty else self.recogniser.transcribe(audio)
+        errors = count_word_errors(utterance.text, hypothesis)
+        embedding = self.encoder.embed(audio)
+        similarities = None if embedding is None else self.voices.similarities(embedding, utterance.text)
+        duration_s = len(audio) / SAMPLE_RATE_HZ
+        return Verdict(
+            key=utterance.key,
+            row=row.name,
+            suite=row.suite,
+            temperature=row.temperature,
+            seed=None if said is None else said.seed,
+            num_dropped_turns=0 if said is None else said.num_dropped_turns,
+            speaker=utterance.speaker,
+            voice=utterance.voice,
+            text=utterance.text,
+            hypothesis=hypothesis,
+            **asdict(errors),
+            voice_guess=None if similarities is None else max(similarities, key=lambda voice: similarities[voice]),
+            voice_similarity=0.0 if similarities is None else similarities[utterance.voice],
+            duration_s=duration_s,
+            reference_s=utterance.reference_s,
+            duration_ratio=duration_s / utterance.reference_s,
+            reached_eos=reached_eos,
+            is_runaway=is_runaway(duration_s, utterance.reference_s, reached_eos),
+            is_empty=is_empty,
+            mel_distance=None if is_empty else mel_distance_db(audio, reference),
+            wav=wav,
+        )
+
+
+def row_metrics(verdicts: Sequence[Verdict], row: Row, *, seed: int) -> dict[str, Estimate]:
+    """The metrics of one row, named with its suffix. Failed clips stay in: as word errors, wrong voices and runaways.
+
+    Only `mel_distance` leaves empty clips out, which have no spectrum; its `n` says how many were measured.
+    """
+    suffix = row.suffix
+
+    def rate(name: str, flags: Sequence[float]) -> Estimate:
+        return mean_estimate(list(flags), seed=seed, name=name + suffix)
+
+    metrics = {
+        "wer": ratio_estimate(
+            [v.word_errors.errors for v in verdicts], [v.word_errors.num_words for v in verdicts], seed=seed, name="wer" + suffix
+        ),
+        "voice_accuracy": rate("voice_accuracy", [float(v.voice_guess == v.voice) for v in verdicts]),
+        "voice_similarity": rate("voice_similarity", [v.voice_similarity for v in verdicts]),
+    }
+    distances = [v.mel_distance for v in verdicts if v.mel_distance is not None]
+    if distances and row.source != GROUND_TRUTH:
+        metrics["mel_distance"] = rate("mel_distance", distances)
+    if row.source == MODEL:
+        metrics["eos_rate"] = rate("eos_rate", [float(v.reached_eos) for v in verdicts])
+        metrics["runaway_rate"] = rate("runaway_rate", [float(v.is_runaway) for v in verdicts])
+        metrics["empty_rate"] = rate("empty_rate", [float(v.is_empty) for v in verdicts])
+        metrics["duration_ratio"] = rate("duration_ratio", [v.duration_ratio for v in verdicts])
+        metrics["max_duration_ratio"] = Estimate(max(v.duration_ratio for v in verdicts), None, None, len(verdicts))
+    return {name + suffix: estimate for name, estimate in metrics.items()}

@@ -1,0 +1,333 @@
+"""The report: one page with the table, clips to listen to, and charts, everything inside; and the table for a terminal."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from jinja2 import Environment
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from csm.evaluation.acoustics import log_mel_db
+from csm.evaluation.judging import GROUND_TRUTH, Row, Verdict
+from csm.evaluation.metrics import align_words
+from csm.evaluation.plots import Series, bar_chart, line_chart
+from csm.evaluation.suites import CONTEXT, SINGLE, Utterance, evenly_spaced
+from csm.frames import SAMPLE_RATE_HZ
+
+NUM_CARDS = {SINGLE: 16, CONTEXT: 8}  # utterances that can be heard; with four to six clips each, about 3 MB
+_WORST_SHARE = 0.25  # of the cards go to the lines with most errors, the others are spread evenly
+_SPECTROGRAM_HOP = 240  # 10 ms a pixel
+_SPECTROGRAM_RANGE_DB = 70.0
+_PALETTE_ANCHORS = (
+    (8, 6, 15),
+    (49, 20, 92),
+    (120, 34, 114),
+    (190, 60, 90),
+    (240, 117, 62),
+    (253, 190, 94),
+    (252, 250, 205),
+)  # dark to light
+_REFERENCE_COLORS = {"_ground_truth": "var(--c-truth)", "_resynthesis": "var(--c-codec)"}
+COLUMNS = (  # (heading, metric, how it is written)
+    ("WER", "wer", "percent"),
+    ("Right voice", "voice_accuracy", "percent"),
+    ("EOS reached", "eos_rate", "percent"),
+    ("Ran away", "runaway_rate", "percent"),
+    ("Empty", "empty_rate", "percent"),
+    ("Longest", "max_duration_ratio", "ratio"),
+    ("Mel distance", "mel_distance", "decibel"),
+)
+_TERMINAL_COLUMNS = (  # what fits 80 columns beside WER and its interval
+    ("voice", "voice_accuracy", "percent"),
+    ("EOS", "eos_rate", "percent"),
+    ("ran away", "runaway_rate", "percent"),
+    ("longest", "max_duration_ratio", "ratio"),
+    ("mel", "mel_distance", "decibel"),
+)
+
+
+@dataclass(frozen=True)
+class Player:
+    """One clip on a card."""
+
+    title: str
+    color: str
+    transcript: str  # HTML
+    notes: list[str]
+    audio: str  # data URI
+    spectrogram: str  # data URI
+
+
+@dataclass(frozen=True)
+class Card:
+    """One line to speak, with every voice that spoke it."""
+
+    text: str
+    voice: str
+    suite: str
+    has_errors: bool
+    players: list[Player]
+
+
+def write_report(
+    path: Path,
+    summary: Mapping,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    utterances: Mapping[str, Utterance],
+    decode: Callable[[Tensor], np.ndarray],
+    history: Path | None,
+) -> None:
+    """Write the page.
+
+    Args:
+        summary: as in summary.json.
+        verdicts: of all rows; their clips lie below `path`'s folder.
+        utterances: by key.
+        decode: codes [K, F] to samples, for the turns that come before an answer.
+        history: metrics.csv of the run, None when there is none.
+    """
+    colors = {row.name: color for row, color in zip(rows, _row_colors(rows), strict=True)}
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        summary=summary,
+        metrics=summary["metrics"],
+        columns=COLUMNS,
+        shown=_shown,
+        interval=_interval,
+        rows=[(row, colors[row.name]) for row in rows],
+        cards=_cards(rows, verdicts, utterances, decode, path.parent, colors),
+        charts=_charts(summary, rows, verdicts, history, colors),
+        voices=sorted({verdict.voice for verdict in verdicts}),
+    )
+    part = path.with_suffix(".tmp")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+
+
+def terminal_table(summary: Mapping) -> Table:
+    """The same table for a terminal."""
+    title = f"{summary['checkpoint']}, split {summary['split']}, seed {summary['seed']}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("WER", "95%", *(short for short, _, _ in _TERMINAL_COLUMNS), "clips"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in summary["rows"]:
+        wer = summary["metrics"]["wer" + row["suffix"]]
+        cells = [_shown(summary["metrics"].get(metric + row["suffix"]), style) for _, metric, style in _TERMINAL_COLUMNS]
+        table.add_row(row["title"], _shown(wer, "percent"), _interval(wer, "percent"), *cells, str(wer["n"]))
+    return table
+
+
+def _shown(estimate: Mapping | None, style: str) -> str:
+    """A value as people read it; a dash where the metric has no meaning."""
+    if estimate is None:
+        return "–"
+    value = estimate["value"]
+    return {"percent": f"{100 * value:.1f}%", "ratio": f"{value:.2f}×", "decibel": f"{value:.1f} dB", "nats": f"{value:.3f}"}[style]
+
+
+def _interval(estimate: Mapping | None, style: str) -> str:
+    if estimate is None or estimate["low"] is None:
+        return ""
+    if style == "percent":
+        return f"{100 * estimate['low']:.1f}–{100 * estimate['high']:.1f}"
+    return f"{estimate['low']:.2f}–{estimate['high']:.2f}"
+
+
+def _row_colors(rows: Sequence[Row]) -> list[str]:
+    colors, count = [], 0
+    for row in rows:
+        if row.suffix in _REFERENCE_COLORS:
+            colors.append(_REFERENCE_COLORS[row.suffix])
+        else:
+            colors.append(f"var(--c-{count % 4})")
+            count += 1
+    return colors
+
+
+def _cards(
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    utterances: Mapping[str, Utterance],
+    decode: Callable[[Tensor], np.ndarray],
+    folder: Path,
+    colors: Mapping[str, str],
+) -> list[Card]:
+    titles = {row.name: row.title for row in rows}
+    cards = []
+    for suite, count in NUM_CARDS.items():
+        by_key: dict[str, list[Verdict]] = {}
+        for verdict in verdicts:
+            if verdict.suite == suite:
+                by_key.setdefault(verdict.key, []).append(verdict)
+        for key in _choose(by_key, count):
+            utterance, spoken = utterances[key], by_key[key]
+            players = []
+            for turn in utterance.context:
+                assert turn.codes is not None
+                players.append(_player(f"Before: speaker {turn.speaker}", "var(--c-codec)", escape(turn.text), [], decode(turn.codes)))
+            if suite == CONTEXT and utterance.audio is not None:
+                title = titles.get(GROUND_TRUTH, "Ground truth")
+                players.append(_player(title, _REFERENCE_COLORS["_ground_truth"], escape(utterance.text), [], utterance.audio))
+            for verdict in spoken:
+                audio = soundfile.read(folder / verdict.wav, dtype="float32")[0] if verdict.wav else np.zeros(0, np.float32)
+                players.append(_player(titles[verdict.row], colors[verdict.row], _transcript(verdict), _notes(verdict), audio))
+            has_errors = any(_num_faults(verdict) for verdict in spoken)
+            cards.append(Card(utterance.text, utterance.voice, suite, has_errors, players))
+    return cards
+
+
+def _choose(by_key: Mapping[str, list[Verdict]], count: int) -> list[str]:
+    """The lines to show: the worst ones, and others spread evenly over voices and strings; in the suite's order."""
+    keys = list(by_key)
+    faults = {key: sum(_num_faults(verdict) for verdict in by_key[key]) for key in keys}
+    worst = [key for key in sorted(keys, key=lambda key: (-faults[key], key)) if faults[key]][: round(count * _WORST_SHARE)]
+    others = sorted((key for key in keys if key not in worst), key=lambda key: (by_key[key][0].voice, key))
+    chosen = {*worst, *evenly_spaced(others, count - len(worst))}
+    return [key for key in keys if key in chosen]
+
+
+def _num_faults(verdict: Verdict) -> int:
+    return verdict.word_errors.errors + (verdict.voice_guess != verdict.voice) + verdict.is_runaway
+
+
+def _transcript(verdict: Verdict) -> str:
+    """What was heard, as HTML, with every word that differs marked."""
+    if not verdict.hypothesis:
+        return "<em>nothing heard</em>"
+    parts = []
+    for kind, expected, heard in align_words(verdict.text, verdict.hypothesis):
+        if kind == "equal":
+            parts.append(escape(heard))
+        elif kind == "insert":
+            parts.append(f'<ins title="not in the text">{escape(heard)}</ins>')
+        elif kind == "delete":
+            parts.append(f'<del title="not heard">{escape(expected)}</del>')
+        else:
+            parts.append(f'<mark title="expected: {escape(expected)}">{escape(heard)}</mark>')
+    return " ".join(parts)
+
+
+def _notes(verdict: Verdict) -> list[str]:
+    notes = []
+    if verdict.voice_guess not in (None, verdict.voice):
+        notes.append(f"sounds like {verdict.voice_guess}")
+    if verdict.is_runaway:
+        notes.append("ran away" if verdict.reached_eos else "no EOS")
+    return notes
+
+
+def _player(title: str, color: str, transcript: str, notes: list[str], audio: np.ndarray) -> Player:
+    return Player(title, color, transcript, [f"{len(audio) / SAMPLE_RATE_HZ:.1f} s", *notes], audio_uri(audio), spectrogram_uri(audio))
+
+
+def audio_uri(audio: np.ndarray) -> str:
+    """24 kHz samples as an MP3 data URI, the one small format that every browser plays; "" for no samples."""
+    if not len(audio):
+        return ""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(audio, -1, 1), SAMPLE_RATE_HZ, format="MP3", bitrate_mode="CONSTANT", compression_level=0.8)
+    return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def spectrogram_uri(audio: np.ndarray) -> str:
+    """An 80-mel spectrogram as a PNG data URI, 10 ms and one mel a pixel; "" for no samples."""
+    if not len(audio):
+        return ""
+    level = log_mel_db(audio, hop=_SPECTROGRAM_HOP).T[::-1]  # [80, frames], low frequencies at the bottom
+    shade = np.clip((level - level.max() + _SPECTROGRAM_RANGE_DB) / _SPECTROGRAM_RANGE_DB * 63, 0, 63).astype(np.uint8)
+    return "data:image/png;base64," + base64.b64encode(_palette_png(shade, _palette(64))).decode()
+
+
+def _palette(num_colors: int) -> np.ndarray:
+    """Colours between the anchors, uint8 [num_colors, 3]."""
+    at = np.linspace(0, 1, num_colors)
+    anchors_at = np.linspace(0, 1, len(_PALETTE_ANCHORS))
+    return np.stack([np.interp(at, anchors_at, channel) for channel in np.array(_PALETTE_ANCHORS).T], axis=1).astype(np.uint8)
+
+
+def _palette_png(pixels: np.ndarray, palette: np.ndarray) -> bytes:
+    """A PNG of palette indexes, uint8 [height, width]."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, not interlaced
+    lines = np.concatenate([np.zeros((height, 1), np.uint8), pixels], axis=1).tobytes()  # each line: filter 0, then its pixels
+    parts = [chunk(b"IHDR", header), chunk(b"PLTE", palette.tobytes()), chunk(b"IDAT", zlib.compress(lines, 9)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _charts(
+    summary: Mapping, rows: Sequence[Row], verdicts: Sequence[Verdict], history: Path | None, colors: Mapping[str, str]
+) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
+    """(title, SVG, legend) of each chart; a legend entry is (name, color, whether dashed)."""
+    charts = []
+    curves = loss_curves(history) if history is not None else []
+    if curves:
+        legend = [(curve.name, curve.color, curve.is_dashed) for curve in curves]
+        charts.append(("Loss while training", line_chart(curves, x_label="step", y_label="nats"), legend))
+    splits = summary["codebook_nll"]
+    bars = [Series(name, f"var(--c-{index})", list(enumerate(values))) for index, (name, values) in enumerate(splits.items())]
+    categories = [str(index) for index in range(len(bars[0].points))]
+    charts.append(
+        (
+            "Loss by codebook, teacher-forced",
+            bar_chart(categories, bars, x_label="codebook", y_label="nats"),
+            [(bar.name, bar.color, False) for bar in bars],
+        )
+    )
+    legend = [(row.title, colors[row.name], False) for row in rows]
+    for title, label, group_of in (
+        ("Word error rate by voice", "voice", lambda verdict: verdict.voice),
+        ("Word error rate by length", "words in the line", lambda verdict: verdict.word_errors.num_words),
+    ):
+        groups = sorted({group_of(verdict) for verdict in verdicts})
+        series = [Series(row.title, colors[row.name], _wer_by_group(verdicts, row, group_of, groups)) for row in rows]
+        svg = bar_chart([str(group) for group in groups], series, x_label=label, y_label="word error rate", percent=True)
+        charts.append((title, svg, legend))
+    return charts
+
+
+def _wer_by_group(
+    verdicts: Sequence[Verdict], row: Row, group_of: Callable[[Verdict], object], groups: Sequence[object]
+) -> list[tuple[float, float]]:
+    """(index of the group, word error rate) of the groups that a row has clips in."""
+    points = []
+    for index, group in enumerate(groups):
+        counts = [verdict.word_errors for verdict in verdicts if verdict.row == row.name and group_of(verdict) == group]
+        if counts:
+            points.append((index, sum(count.errors for count in counts) / sum(count.num_words for count in counts)))
+    return points
+
+
+def loss_curves(path: Path) -> list[Series]:
+    """Training and validation losses of a run's metrics.csv; cells may be empty, and a resumed run may repeat a step."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    curves = []
+    for index, name in enumerate(("c0", "depth")):
+        for prefix, is_dashed in (("train", False), ("val", True)):
+            cells = {float(line["step"]): line.get(f"{prefix}/{name}") for line in lines}
+            points = [(step, float(cell)) for step, cell in sorted(cells.items()) if cell]
+            if points:
+                label = f"{'codebook 0' if name == 'c0' else 'depth'}, {'training' if prefix == 'train' else 'validation'}"
+                curves.append(Series(label, f"var(--c-{index})", points, is_dashed))
+    return curves

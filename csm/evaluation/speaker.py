@@ -1,0 +1,131 @@
+"""Whose voice a clip is in: GE2E embeddings (Resemblyzer's weights) and the nearest voice.
+
+Only the weights of the `Resemblyzer` wheel are used. The package itself would bring librosa, numba and a compiler for
+webrtcvad to do what thirty lines do here; `tests/test_evaluation_speaker.py` holds its published behaviour.
+Source: Wan et al. 2018, "Generalized end-to-end loss for speaker verification"; Resemblyzer 0.1.4 (Apache-2.0) for the
+sizes, the 1.6 s windows at 1.3 a second and the -30 dBFS level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from csm.evaluation.acoustics import is_silent, mel_spectrogram, resample, trim_silence
+
+RATE_HZ = 16_000
+NUM_MELS = 40
+WINDOW_FRAMES = 160  # 1.6 s
+WINDOWS_PER_S = 1.3
+MIN_COVERAGE = 0.75  # of the last window; below it the window is dropped
+LEVEL_DB = -30.0  # quieter clips are raised to it
+SHORTEST_S = 2.4  # two windows; shorter clips are said again until they are as long, silence would blur the voice
+WEIGHTS_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
+
+
+def find_weights() -> Path:
+    """The `pretrained.pt` inside the installed Resemblyzer wheel, without importing the package.
+
+    Raises:
+        FileNotFoundError: if the wheel is not installed.
+    """
+    try:
+        entries = files("Resemblyzer") or []
+    except PackageNotFoundError:
+        entries = []
+    for entry in entries:
+        if entry.match("resemblyzer/pretrained.pt"):
+            return Path(str(entry.locate()))
+    raise FileNotFoundError("no speaker encoder here: run `pip install --no-deps Resemblyzer==0.1.4` (its weights are all we use)")
+
+
+class SpeakerEncoder(nn.Module):
+    """Three LSTM layers over 40 mels, a ReLU, unit length: 256 numbers a clip."""
+
+    name = "ge2e"
+
+    def __init__(self, weights: Path | None = None) -> None:
+        """Load the weights on the CPU.
+
+        Raises:
+            ValueError: if the file is not the published one: it is a torch pickle, so only known bytes are opened.
+        """
+        super().__init__()
+        path = find_weights() if weights is None else weights
+        content = path.read_bytes()
+        self.digest = hashlib.sha256(content).hexdigest()
+        if self.digest != WEIGHTS_SHA256:
+            raise ValueError(f"{path}: sha256 {self.digest[:16]}, expected {WEIGHTS_SHA256[:16]}; install Resemblyzer==0.1.4")
+        self.lstm = nn.LSTM(NUM_MELS, 256, 3, batch_first=True)
+        self.linear = nn.Linear(256, 256)
+        state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
+        self.load_state_dict({key: value for key, value in state.items() if key.startswith(("lstm.", "linear."))})
+        self.eval().requires_grad_(False)
+
+    def describe(self) -> dict[str, str]:
+        """Name, version and weight digest for the summary."""
+        return {"name": self.name, "package": f"Resemblyzer {version('Resemblyzer')} (weights)", "sha256": self.digest}
+
+    def embed(self, audio: np.ndarray) -> np.ndarray | None:
+        """Embed a clip, 24 kHz float32 [S], as a unit vector float32 [256]; None if there is nothing to hear."""
+        if is_silent(audio):
+            return None
+        clip = trim_silence(resample(audio, RATE_HZ), RATE_HZ)
+        level = 10 * np.log10(np.mean(np.square(clip, dtype=np.float64)))
+        clip = clip * np.float32(10 ** (max(0.0, LEVEL_DB - level) / 20))
+        clip = np.tile(clip, max(1, math.ceil(SHORTEST_S * RATE_HZ / len(clip))))
+        starts = window_starts(len(clip))
+        hop = RATE_HZ // 100
+        clip = np.pad(clip, (0, max(0, (starts[-1] + WINDOW_FRAMES) * hop - len(clip))))
+        mels = mel_spectrogram(clip, num_mels=NUM_MELS, fft_size=RATE_HZ // 40, hop=hop, rate_hz=RATE_HZ)  # [frames, 40]
+        windows = torch.from_numpy(np.stack([mels[start : start + WINDOW_FRAMES] for start in starts]))
+        with torch.inference_mode():
+            _, (hidden, _) = self.lstm(windows)
+            embeddings = nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=1)
+        return unit(embeddings.mean(dim=0).numpy())
+
+
+def window_starts(num_samples: int) -> list[int]:
+    """First mel frame of each 1.6 s window over a clip; the last is dropped when less than 3/4 of it is sound."""
+    hop = RATE_HZ // 100
+    num_frames = -(-(num_samples + 1) // hop)
+    step = round(RATE_HZ / WINDOWS_PER_S / hop)
+    starts = list(range(0, max(1, num_frames - WINDOW_FRAMES + step + 1), step))
+    covered = (num_samples - starts[-1] * hop) / (WINDOW_FRAMES * hop)
+    return starts[:-1] if covered < MIN_COVERAGE and len(starts) > 1 else starts
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+class VoiceBook:
+    """Reference embeddings by voice. A clip is never judged by references of its own text."""
+
+    def __init__(self, references: Sequence[tuple[str, str, np.ndarray]]) -> None:
+        """Take (voice, text, embedding) of each reference clip.
+
+        Raises:
+            ValueError: if fewer than two voices are there to tell apart.
+        """
+        self.references = list(references)
+        self.voices = sorted({voice for voice, _, _ in self.references})
+        if len(self.voices) < 2:
+            raise ValueError(f"voice accuracy tells voices apart, got {self.voices}; give at least two")
+
+    def similarities(self, embedding: np.ndarray, text: str) -> Mapping[str, float]:
+        """Cosine to each voice's centroid, taken over its references of other texts."""
+        result: dict[str, float] = {}
+        for voice in self.voices:
+            others = [vector for name, said, vector in self.references if name == voice and said != text]
+            if not others:
+                raise ValueError(f"voice {voice}: no reference says anything but {text!r}; give each voice at least two texts")
+            result[voice] = float(embedding @ unit(np.mean(others, axis=0)))
+        return result
