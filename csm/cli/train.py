@@ -186,11 +186,16 @@ def build_speaker(
     """
     from csm.codec import codec_from_folder
     from csm.generation.generator import Generator
+    from csm.generation.watermark import load_watermarker
 
     if tokenizer is None or codec_folder is None:
-        raise ValueError("trainer.sample_every: this run has no codec or tokenizer to speak with (data=random); set trainer.sample_every=0")
-    generator = Generator(model, codec_from_folder(codec_folder), tokenizer)
-    return lambda text, speaker, seed: generator.generate(text, speaker=speaker, seed=seed)
+        raise ValueError("trainer.sample_every: this run has no codec or tokenizer to speak with; set trainer.sample_every=0")
+    codec, watermarker = codec_from_folder(codec_folder), load_watermarker()
+
+    def speak(text: str, speaker: int, seed: int) -> torch.Tensor:
+        return Generator(model, codec, tokenizer, watermarker).generate(text, speaker=speaker, seed=seed)
+
+    return speak
 
 
 def _is_first_process() -> bool:

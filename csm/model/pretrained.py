@@ -163,9 +163,8 @@ def save_model(
     tensors = own if state_dict is None else state_dict
     _refuse_differences(folder, "the model being saved", _shapes(tensors), _shapes(own))
     sources = _transformers_sources(tensors, config, codec) if layout == "transformers" else _sources(tensors)
-    write_tensors(
-        folder, sources, max_shard_bytes=None if layout == "sesame" else max_shard_bytes, metadata={"format": "pt", "layout": layout}
-    )
+    # One key of metadata only: safetensors writes several in a random order, and equal weights must give equal bytes.
+    write_tensors(folder, sources, max_shard_bytes=None if layout == "sesame" else max_shard_bytes, metadata={"format": "pt"})
     if layout == "transformers":
         write_json(folder / "generation_config.json", generation_json(config))
         settings = transformers_json(config, codec.config if codec is not None else None)

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 from csm.config import TrainConfig
 from csm.frames import FRAME_RATE_HZ, Batch
+from csm.generation.audio_files import write_audio
 from csm.training.checkpoint import checkpoint_name, checkpoint_step, list_checkpoints, write_pointer
 from csm.training.module import CSMModule
 
@@ -224,22 +225,12 @@ class SpokenSamples(Callback):
         with self._clock.pause(), torch.no_grad():
             for index, text in enumerate(settings.sample_texts):
                 path = self._folder / f"{checkpoint_name(module.step)}_speaker{index}.wav"
-                write_wav(path, self._speak(text, index, self._config.seed))
+                provenance = {"software": "csm-lab", "text": text, "speaker": index, "seed": self._config.seed, "step": module.step}
+                write_audio(path, [self._speak(text, index, self._config.seed)], provenance)
                 for logger in trainer.loggers:
                     if hasattr(logger, "log_audio"):  # W&B
                         logger.log_audio("samples", [str(path)], step=module.step, caption=[f"[{index}] {text}"])
         module.train()
-
-
-def write_wav(path: Path, audio: torch.Tensor) -> None:
-    """Write float32 [S] at 24 kHz as 16-bit WAV."""
-    import soundfile
-
-    from csm.frames import SAMPLE_RATE_HZ
-
-    part = path.with_suffix(".tmp")
-    soundfile.write(part, audio.cpu().numpy(), SAMPLE_RATE_HZ, subtype="PCM_16", format="WAV")
-    os.replace(part, path)
 
 
 class Checkpoints(Callback):
@@ -304,7 +295,13 @@ class StopOnSignal(Callback):
         if module.should_stop:
             trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, module: CSMModule, stage: str) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, module: CSMModule, exception: BaseException) -> None:  # type: ignore[override]
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

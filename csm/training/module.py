@@ -63,6 +63,7 @@ class CSMModule(LightningModule):
             for group, wanted in zip(optimizer.param_groups, groups, strict=True):
                 group.update(wanted)
         self.window = self.window.to(self.device)
+        self.train()  # Lightning leaves the mode as it finds it
 
     def transfer_batch_to_device(self, batch: Step | Batch, device: torch.device, dataloader_idx: int) -> Step | Batch:
         return batch.to(device)

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from csm.config import LoggerConfig, TrainConfig, TrainerConfig
+from csm.model.pretrained import resolve_checkpoint
 from csm.training.checkpoint import FolderCheckpointIO, Say, list_checkpoints, newest_valid_checkpoint
 
 RUN_DIR_VARIABLE = "CSM_RUN_DIR"  # tells the processes that Lightning starts which folder their parent chose
@@ -49,8 +50,10 @@ def choose_run_dir(config: TrainConfig) -> Path:
         earlier = sorted(path for path in runs.glob("*") if list_checkpoints(path / "checkpoints"))
         if earlier:
             return earlier[-1]
-    elif config.resume is not None and Path(config.resume).parent.name == "checkpoints":
-        return Path(config.resume).parent.parent
+    elif config.resume is not None:
+        checkpoint = resolve_checkpoint(config.resume, name="last")
+        if checkpoint.parent.name == "checkpoints":
+            return checkpoint.parent.parent
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         raise ValueError("run_dir is required when another program starts the processes, or each would make its own; add run_dir=<folder>")
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -72,8 +75,6 @@ def find_resume_point(config: TrainConfig, run_dir: Path, say: Say) -> Path | No
     if config.resume is None:
         return None
     if config.resume != "auto":
-        from csm.model.pretrained import resolve_checkpoint
-
         return resolve_checkpoint(config.resume, name="last")
     found = newest_valid_checkpoint(run_dir / "checkpoints", say)
     if found is None and list_checkpoints(run_dir / "checkpoints"):

@@ -1,0 +1,222 @@
+"""One optimizer step: what it divides by, that splitting changes nothing, and what it does when numbers are not finite."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+from csm.cli.train import train
+from csm.config import DataConfig, LoggerConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from csm.data.datamodule import CSMDataModule
+from csm.loss import csm_loss
+from csm.model.csm import CSM
+from csm.training.callbacks import Checkpoints, Clock, Metrics, StopOnSignal, Validation
+from csm.training.checkpoint import FolderCheckpointIO
+from csm.training.module import MAX_CONSECUTIVE_SKIPS, CSMModule
+from csm.training.steps import StepLoader
+from csm.training.trainer import build_trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_config(model: ModelConfig, run_dir: Path, **trainer: object) -> TrainConfig:
+    """A run of a few tiny steps on made-up rows."""
+    settings = {"max_steps": 4, "log_every": 1, "validate_every": 0, "checkpoint_every": 0, "deterministic": True, **trainer}
+    return TrainConfig(
+        run_dir=str(run_dir),
+        model=model,
+        data=DataConfig(kind="random", seq_len=48, rows_per_batch=4, max_val_batches=2),
+        loss=LossConfig(amortization=1.0),
+        optim=OptimConfig(name="sgd", lr=0.5, warmup_steps=0, schedule="constant"),
+        trainer=TrainerConfig(**settings),
+    )
+
+
+def read_rows(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    last = (run_dir / "checkpoints" / "last.txt").read_text().strip()
+    return load_file(run_dir / "checkpoints" / last / "model.safetensors")
+
+
+def fit(config: TrainConfig, *callbacks: Callback) -> CSMModule:
+    """The core of a run without its folder's files, for tests that step in."""
+    model = CSM(config.model, seed=config.seed)
+    module = CSMModule(model, config)
+    data = CSMDataModule(config.data, config.model, seed=config.seed, accumulate=config.trainer.accumulate)
+    run_dir = Path(config.run_dir or "")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(config.trainer, run_dir, callbacks=callbacks, loggers=[], checkpoint_io=FolderCheckpointIO(model))
+    data.trainer = trainer
+    loader = StepLoader(
+        data.train_dataloader(),
+        accumulate=config.trainer.accumulate,
+        amortization=config.loss.amortization,
+        num_steps=lambda: config.trainer.max_steps - module.step,
+    )
+    trainer.fit(module, train_dataloaders=loader)
+    return module
+
+
+class PoisonGradient(Callback):
+    """Makes one gradient NaN at the given steps (from 0)."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_train_start(self, trainer: object, module: CSMModule) -> None:  # type: ignore[override]
+        weight = module.model.codebook0_head.weight
+        weight.register_hook(lambda gradient: gradient * float("nan") if module.step in self.steps else gradient)
+
+
+def test_step_counts_are_those_the_loss_uses(tiny_model_config: ModelConfig) -> None:
+    data = CSMDataModule(DataConfig(kind="random", seq_len=48, rows_per_batch=2), tiny_model_config, accumulate=3)
+    step = next(iter(StepLoader(data.train_dataloader(), accumulate=3, amortization=0.25, num_steps=lambda: 1)))
+    losses = [csm_loss(CSM(tiny_model_config), batch, amortization=0.25) for batch in step.batches]
+    assert len(step.batches) == 3
+    assert step.num_c0_targets == sum(int(loss.c0_count) for loss in losses)
+    assert step.num_depth_targets == sum(int(loss.depth_count) for loss in losses)
+    assert step.num_frames == sum(batch.num_frames for batch in step.batches)
+    assert len(step.keys) == 6
+
+
+def test_accumulation_changes_neither_losses_nor_weights(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    whole = run_config(tiny_model_config, tmp_path / "whole")
+    split = run_config(tiny_model_config, tmp_path / "split", accumulate=4)
+    split.data = replace(split.data, rows_per_batch=1)
+    for config in (whole, split):
+        train(config)
+    for one, other in zip(read_rows(tmp_path / "whole"), read_rows(tmp_path / "split"), strict=True):
+        for key in ("train/loss", "train/c0", "train/depth", "grad_norm"):
+            assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)  # float32 sums in another order
+    weights, others = final_weights(tmp_path / "whole"), final_weights(tmp_path / "split")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], atol=2e-6, rtol=1e-4)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(replace(run_config(tiny_model_config, tmp_path / name, validate_every=2), seed=seed))
+    files = {name: (tmp_path / name / "metrics.csv").read_bytes() for name in "abc"}
+    weights = {name: (tmp_path / name / "checkpoints/step_000004/model.safetensors").read_bytes() for name in "abc"}
+    assert files["a"] == files["b"] != files["c"]
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+def test_rows_hold_what_was_logged_and_wall_clock_only_where_allowed(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    train(run_config(tiny_model_config, tmp_path / "a", log_every=3, validate_every=2, max_steps=5))
+    train(run_config(tiny_model_config, tmp_path / "b", log_every=3, validate_every=2, max_steps=5, deterministic=False))
+    rows = read_rows(tmp_path / "a")
+    assert [row["step"] for row in rows] == ["2", "3", "4", "5"]
+    assert [bool(row["train/loss"]) for row in rows] == [False, True, False, True]
+    assert [bool(row["val/c0"]) for row in rows] == [True, False, True, True]
+    assert {row["frames_per_s"] for row in rows} == {""}
+    assert float(read_rows(tmp_path / "b")[1]["frames_per_s"]) > 0
+    validated = rows[0]
+    codebooks = [float(validated[f"val/codebook_{k:02d}"]) for k in range(tiny_model_config.num_codebooks)]
+    assert codebooks[0] == pytest.approx(float(validated["val/c0"]))
+    assert sum(codebooks[1:]) / len(codebooks[1:]) == pytest.approx(float(validated["val/depth"]), rel=1e-5)
+
+
+def test_model_is_in_training_mode_at_every_step(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    modes = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: object, module: CSMModule, *_: object) -> None:  # type: ignore[override]
+            modes.append(module.model.training)
+
+    config = run_config(tiny_model_config, tmp_path, validate_every=1)
+    data = CSMDataModule(config.data, config.model)
+    fit(config, Watch(), Validation(data.val_dataloader, config, Clock()))
+    assert modes == [True] * 4
+
+
+def test_non_finite_gradient_stops_the_run_and_names_the_samples(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite: step 2: gradient norm nan .*samples: random-0-4, random-0-5"):
+        fit(run_config(tiny_model_config, tmp_path), PoisonGradient({1}))
+
+
+def test_non_finite_step_is_skipped_when_asked_and_leaves_no_trace_in_the_weights(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    config = run_config(tiny_model_config, tmp_path, on_non_finite="skip")
+    module = fit(config, PoisonGradient({1}))
+    assert (module.step, module.num_skipped) == (4, 1)
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+def test_skipping_has_a_cap(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    config = run_config(tiny_model_config, tmp_path, on_non_finite="skip", max_steps=50)
+    with pytest.raises(ValueError, match=rf"not finite, {MAX_CONSECUTIVE_SKIPS + 1} steps in a row"):
+        fit(config, PoisonGradient(set(range(3, 50))))
+
+
+def test_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer: object, module: CSMModule, *_: object) -> None:  # type: ignore[override]
+            if module.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    config = run_config(tiny_model_config, tmp_path, max_steps=20)
+    clock = Clock()
+    validation = Validation(list, config, clock)
+    metrics = Metrics(tmp_path, config, validation, clock, tiny_model_config.num_codebooks)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    module = fit(config, Interrupt(), validation, metrics, Checkpoints(tmp_path, config, validation, clock), StopOnSignal())
+    assert module.step == 3
+    assert (tmp_path / "checkpoints" / "last.txt").read_text() == "step_000003\n"
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_two_ranks_see_the_losses_of_one(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    # Gloo binds every interface: a network of its own, which only root may make.
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("needs root, unshare and iproute2 for a private network")
+    overrides = [
+        "data=random", "data.seq_len=48", "loss.amortization=1.0", "optim=sgd", "optim.lr=0.5", "optim.warmup_steps=0",
+        "trainer.max_steps=3", "trainer.log_every=1", "trainer.validate_every=3", "trainer.deterministic=true", "data.max_val_batches=2",
+        "model.backbone.num_layers=1", "model.backbone.width=32", "model.backbone.ffn_width=48", "model.depth_decoder.num_layers=1",
+        "model.depth_decoder.width=16", "model.depth_decoder.ffn_width=24", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    alone = [*overrides, f"run_dir={tmp_path / 'one'}", "data.rows_per_batch=4"]
+    pair = [
+        *overrides,
+        f"run_dir={tmp_path / 'two'}",
+        "data.rows_per_batch=2",
+        "data.max_val_batches=4",
+        "trainer=ddp",
+        "trainer.devices=2",
+    ]
+    for arguments in (alone, pair):
+        script = 'ip link set lo up && exec "$@"'
+        command = ["unshare", "-n", "sh", "-c", script, "sh", sys.executable, "train.py", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == ["1", "2", "3"]
+    for mine, other in zip(one, two, strict=True):
+        for key in ("train/loss", "train/c0", "train/depth", "grad_norm", "hours_heard"):
+            assert float(mine[key]) == pytest.approx(float(other[key]), rel=2e-5), key
+    assert float(one[-1]["val/loss"]) == pytest.approx(float(two[-1]["val/loss"]), rel=2e-5)
+    for name, weight in final_weights(tmp_path / "one").items():
+        torch.testing.assert_close(weight, final_weights(tmp_path / "two")[name], atol=2e-6, rtol=1e-4)
+
+
+def test_logger_none_writes_no_metrics(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    train(replace(run_config(tiny_model_config, tmp_path, max_steps=1), logger=LoggerConfig(name="none")))
+    assert not (tmp_path / "metrics.csv").exists()
+    assert (tmp_path / "checkpoints" / "last.txt").is_file()
