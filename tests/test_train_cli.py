@@ -1,0 +1,122 @@
+"""`python train.py` as a user types it: help, mistakes in one line, runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from csm.cli.train import main
+from csm.text import WordTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "data=random", "data.seq_len=32", "trainer.max_steps=2", "trainer.log_every=1", "model.num_codebooks=4",
+    "codec.num_codebooks=4", "model.audio_vocab_size=33", "model.backbone.num_layers=1", "model.backbone.width=32",
+    "model.backbone.ffn_width=48", "model.depth_decoder.num_layers=1", "model.depth_decoder.width=16", "model.depth_decoder.ffn_width=24",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """`run_main("a=1", ...)`: exit status, stdout and stderr of train.py in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as left:
+            status = int(left.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def _one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def test_help_is_answered(run_main: Callable) -> None:
+    status, out, err = run_main("--help")
+    assert status == 0 and not err
+    assert "python train.py" in out and "optim.lr=" in out and "--multirun" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=1e-4", "error: optim.lrr: no such key (did you mean optim.lr"),
+        ("trainer.max_steps=many", "error: trainer.max_steps: Value 'many'"),
+        ("model=csm_2b", "error: model=csm_2b: no such choice"),
+        ("trainer.precision=fp8", "error: trainer.precision='fp8': expected one of 32, bf16-mixed, bf16-true"),
+    ],
+)
+def test_mistake_in_an_override_is_one_line_and_status_2(override: str, expected: str, run_main: Callable) -> None:
+    status, out, err = run_main(*TINY, override)
+    assert status == 2 and not out
+    assert _one_line(err).startswith(expected)
+
+
+def test_missing_shard_folder_is_one_line_and_status_1(run_main: Callable) -> None:
+    status, _, err = run_main("data=shards", "data.path=nowhere", "run_dir=out")
+    assert status == 1
+    assert "nowhere" in _one_line(err)
+    assert not Path("out").exists()
+
+
+def test_wrong_codec_is_one_line_and_status_1(run_main: Callable, write_conversations: Callable, word_tokenizer: WordTokenizer) -> None:
+    for split in ("train", "validation"):
+        write_conversations(Path("data") / split, [[(0, "one two", 5)]], num_codebooks=8)
+    word_tokenizer.save(Path("data"))
+    status, _, err = run_main("data=shards", "data.path=data", "codec=mimi", "codec.num_codebooks=8", "run_dir=out")
+    assert status == 1
+    line = _one_line(err)
+    assert "spectral" in line and "mimi" in line
+    assert not Path("out").exists()
+
+
+def test_run_folder_that_holds_a_run_is_one_line_and_status_1(run_main: Callable) -> None:
+    assert run_main(*TINY, "run_dir=out", "trainer.validate_every=0")[0] == 0
+    before = sorted(path.as_posix() for path in Path("out").rglob("*"))
+    status, _, err = run_main(*TINY, "run_dir=out")
+    assert status == 1
+    assert _one_line(err) == "error: run_dir=out already holds a run: add resume=auto to go on with it, or give another run_dir"
+    assert sorted(path.as_posix() for path in Path("out").rglob("*")) == before
+
+
+def test_defect_of_ours_keeps_its_traceback(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object) -> None:
+        raise json.JSONDecodeError("not user input", "", 0)  # a ValueError raised outside our folders
+
+    monkeypatch.setattr("csm.cli.train.train", broken)
+    with pytest.raises(json.JSONDecodeError):
+        run_main(*TINY)
+
+
+def test_multirun_makes_a_run_folder_for_each_job(run_main: Callable) -> None:
+    status, _, err = run_main("--multirun", *TINY, "seed=1,2", "trainer.validate_every=0", "experiment_name=sweep")
+    assert status == 0, err
+    seeds = [yaml.safe_load((path / "config.yaml").read_text())["seed"] for path in sorted(Path("runs/sweep").iterdir())]
+    assert seeds == [1, 2]
+
+
+def test_train_py_runs_by_itself_and_records_its_surroundings(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"run_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip(), done.stderr
+    assert "best checkpoint" in done.stdout and str(tmp_path / "out") in done.stdout
+    environment = json.loads((tmp_path / "out/environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["shard_index_digests"] == {"train": "random"}
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["trainer"]["max_steps"] == 2
+    assert not (tmp_path / "outputs").exists()
