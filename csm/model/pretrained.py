@@ -35,6 +35,7 @@ from csm.model.layouts import (
     transformers_json,
     transformers_name,
 )
+from csm.model.processor import save_processor
 from csm.model.weights import INDEX_NAME, SINGLE_NAME, TensorFiles, read_json, write_json, write_tensors
 
 CONFIG_NAME = "config.json"
@@ -139,6 +140,7 @@ def save_model(
     *,
     layout: str = "csm",
     codec: CodecWeights | None = None,
+    tokenizer: str | Path | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -148,6 +150,8 @@ def save_model(
         layout: "csm" (config.json and model.safetensors), "sesame" (the same tensors, Sesame's config, never sharded) or
             "transformers" (with generation_config.json; `CsmForConditionalGeneration.from_pretrained` reads it).
         codec: written inside the transformers layout; without it transformers starts a Mimi of its own.
+        tokenizer: with the transformers layout, Llama-3's `tokenizer.model` or a transformers tokenizer's folder; then the
+            processor's files are written too.
         state_dict: used in place of the model's, for weights that were gathered from several processes.
         max_shard_bytes: above it the weights go to several files and an index.
     Raises:
@@ -157,11 +161,15 @@ def save_model(
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if codec is not None and layout != "transformers":
         raise ValueError(f"layout={layout} holds no codec; leave codec out, or choose layout=transformers")
+    if tokenizer is not None and layout != "transformers":
+        raise ValueError(f"layout={layout} holds no processor; leave tokenizer out, or choose layout=transformers")
     folder = Path(folder)
     config = model.config
     own = model.state_dict()
     tensors = own if state_dict is None else state_dict
     _refuse_differences(folder, "the model being saved", _shapes(tensors), _shapes(own))
+    if tokenizer is not None:
+        save_processor(folder, tokenizer, config.text_vocab_size)
     sources = _transformers_sources(tensors, config, codec) if layout == "transformers" else _sources(tensors)
     # One key of metadata only: safetensors writes several in a random order, and equal weights must give equal bytes.
     write_tensors(folder, sources, max_shard_bytes=None if layout == "sesame" else max_shard_bytes, metadata={"format": "pt"})

@@ -56,4 +56,6 @@ def batch(any_model_config: ModelConfig, generator: torch.Generator) -> Batch:
         codes = torch.randint(1, config.audio_vocab_size, (config.num_codebooks, num_frames), generator=generator)
         return Rows.concatenate([text_rows(text, config.num_codebooks), audio_rows(codes)])
 
-    return Batch.from_documents([[document(19)], [document(12)]])  # transformers 5.23 fails on exactly K frames: it takes K positions for rows
+    return Batch.from_documents(
+        [[document(19)], [document(12)]]
+    )  # transformers 5.23 fails on exactly K frames: it takes K positions for rows

@@ -182,3 +182,29 @@ def test_config_of_transformers_4_is_read(any_model_config):
         part["rope_theta"] = rope.pop("rope_theta")
         part["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     assert config_from_json(values, "here") == any_model_config
+
+
+def test_exported_processor_writes_turns_as_our_tokenizer_does(tiny_model_config, tmp_path):
+    """Needs Llama-3's tokenizer from the llama-models package."""
+    from dataclasses import replace
+    from importlib.metadata import files
+
+    import numpy as np
+    from transformers import AutoProcessor
+
+    from csm.text import Llama3Tokenizer
+
+    packaged = [entry for entry in files("llama-models") or [] if entry.match("llama3/tokenizer.model")]
+    ours = Llama3Tokenizer()
+    model = CSM(replace(tiny_model_config, text_vocab_size=128256))
+    model.save_pretrained(tmp_path, layout="transformers", tokenizer=str(packaged[0].locate()))
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    texts = ["Hello, isn't it 12345 o'clock?", " naïve   spaces\n", "<|end_of_text|>"[2:]]
+    for speaker, text in enumerate(texts):
+        turn = ours.encode_turn(speaker, text)
+        assert processor(f"[{speaker}]{text}", add_special_tokens=True)["input_ids"][0].tolist() == turn
+    turn = [{"role": "3", "content": [{"type": "text", "text": "hi"}, {"type": "audio", "path": np.zeros(1920 * 2 + 1, dtype=np.float32)}]}]
+    ids = processor.apply_chat_template(turn, tokenize=True, return_dict=True)["input_ids"][0].tolist()
+    assert ids == [*ours.encode_turn(3, "hi"), 128002, 128002, 128002, 128003]
+    with pytest.raises(ValueError, match="128256 ids, the model reads 32"):
+        CSM(tiny_model_config).save_pretrained(tmp_path / "small", layout="transformers", tokenizer=tmp_path)
