@@ -111,7 +111,8 @@ class Metrics(Callback):
     A resumed run drops the rows after its checkpoint, so that every step stands there once.
 
     Attributes:
-        row: of the last logged step.
+        row: the latest value of every column.
+        logged_step: the last step whose training loss was logged.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, validation: Validation, clock: Clock, num_codebooks: int) -> None:
@@ -122,6 +123,7 @@ class Metrics(Callback):
         self._metrics_csv = Rows(run_dir / "metrics.csv", self._columns) if config.logger.name != "none" else None
         self._timings_csv = Rows(run_dir / "timings.csv", TIMING_COLUMNS) if config.logger.name != "none" else None
         self.row: dict[str, float] = {}
+        self.logged_step = -1
         self._since_step = self._since_frames = 0
         self._since_s = self._since_paused_s = 0.0
 
@@ -140,6 +142,7 @@ class Metrics(Callback):
         row: dict[str, float] = {"step": module.step, **self._validation.metrics}
         timing: dict[str, float] = {}
         if is_logged:
+            self.logged_step = module.step
             timing = self._measure(module)
             row |= module.take_window()
             row |= {"lr": module.learning_rate, "grad_norm": module.grad_norm, "skipped": module.num_skipped}

@@ -20,7 +20,6 @@ class ProgressLine(Callback):
         self._config, self._metrics, self._validation, self._clock, self._console = config.trainer, metrics, validation, clock, console
         self._bar: Progress | None = None
         self._first_step = 0
-        self._shown_step = -1
 
     def on_train_start(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
         self._first_step = module.step
@@ -34,15 +33,13 @@ class ProgressLine(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
-        row = self._metrics.row
-        is_news = row.get("step") == module.step and self._shown_step != module.step
+        is_news = self._metrics.logged_step == module.step
         if self._validation.metrics:
             self._console.print(f"step {module.step}: {_validation_news(self._validation.metrics)}", highlight=False, soft_wrap=True)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=module.step, **({"news": self._news(module)} if is_news else {}))
-        elif is_news and "train/loss" in row:
+        elif is_news:
             self._console.print(f"step {module.step}/{self._config.max_steps}  {self._news(module)}", highlight=False, soft_wrap=True)
-        self._shown_step = module.step
 
     def teardown(self, trainer: Trainer, module: CSMModule, stage: str) -> None:  # type: ignore[override]
         if self._bar is not None:
