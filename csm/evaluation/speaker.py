@@ -25,7 +25,7 @@ NUM_MELS = 40
 WINDOW_FRAMES = 160  # 1.6 s
 WINDOWS_PER_S = 1.3
 MIN_COVERAGE = 0.75  # of the last window; below it the window is dropped
-LEVEL_DB = -30.0  # quieter clips are raised to it
+LEVEL_DB = -30.0  # of every clip; Resemblyzer only raises quieter ones, but loudness is no voice
 SHORTEST_S = 2.4  # two windows; shorter clips are said again until they are as long, silence would blur the voice
 WEIGHTS_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
@@ -79,7 +79,7 @@ class SpeakerEncoder(nn.Module):
             return None
         clip = trim_silence(resample(audio, RATE_HZ), RATE_HZ)
         level = 10 * np.log10(np.mean(np.square(clip, dtype=np.float64)))
-        clip = clip * np.float32(10 ** (max(0.0, LEVEL_DB - level) / 20))
+        clip = clip * np.float32(10 ** ((LEVEL_DB - level) / 20))
         clip = np.tile(clip, max(1, math.ceil(SHORTEST_S * RATE_HZ / len(clip))))
         starts = window_starts(len(clip))
         hop = RATE_HZ // 100
