@@ -44,11 +44,13 @@ def outputs(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return folders
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_whatever_the_batch(outputs: list[Path]) -> None:
     for name in ("summary.json", "samples.jsonl"):
         assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_summary_has_every_row_and_metric(outputs: list[Path], run_folder: Path) -> None:
     summary = json.loads((outputs[0] / "summary.json").read_text(encoding="utf-8"))
     metrics = summary["metrics"]
@@ -66,6 +68,7 @@ def test_summary_has_every_row_and_metric(outputs: list[Path], run_folder: Path)
     assert all(len(summary["evaluators"][name]["sha256"]) == 64 for name in ("asr", "speaker"))
 
 
+@pytest.mark.slow
 def test_every_clip_has_a_line_and_a_file(outputs: list[Path]) -> None:
     lines = [json.loads(line) for line in (outputs[0] / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["row"] for line in lines] == ["ground_truth"] * 2 + ["resynthesis"] * 2 + ["model"] * 2 + ["model_context"] * 2
@@ -75,6 +78,7 @@ def test_every_clip_has_a_line_and_a_file(outputs: list[Path]) -> None:
     assert len({line["seed"] for line in lines if line["row"] == "model"}) == 2
 
 
+@pytest.mark.slow
 def test_report_reaches_for_nothing_outside(outputs: list[Path]) -> None:
     page = (outputs[0] / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"https?://|//[a-z]+\.[a-z]+/|@import|url\(", re.sub(r'"data:[^"]*"', "", page))
