@@ -100,6 +100,8 @@ def test_no_frame_is_all_zero():
 def test_bad_input_is_refused_with_what_was_expected(codec):
     with pytest.raises(ValueError, match=r"expected float32 \[S\]"):
         codec.encode([torch.zeros(2, 100)])
+    with pytest.raises(ValueError, match=r"expected \[\d, F\]"):
+        codec.stream().push(torch.ones(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="not finite"):
         codec.encode([torch.tensor([0.0, float("nan")])])
     with pytest.raises(ValueError, match=r"expected \[8, F\]"):

@@ -173,6 +173,8 @@ def test_a_folder_that_does_not_hold_together_is_refused(codec, tmp_path):
 def test_bad_input_is_refused_with_what_was_expected(codec):
     with pytest.raises(ValueError, match=r"expected float32 \[S\]"):
         codec.encode([torch.zeros(1, 100)])
+    with pytest.raises(ValueError, match=r"expected \[\d, F\]"):
+        codec.stream().push(torch.ones(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="not finite"):
         codec.encode([torch.tensor([0.0, float("inf")])])
     with pytest.raises(ValueError, match=r"expected \[4, F\]"):

@@ -73,3 +73,32 @@ class Codec(ABC):
             "sample_rate_hz": self.sample_rate_hz,
             "digest": self.digest,
         }
+
+
+def check_waveform(waveform: Tensor) -> None:
+    """Refuse what is not one mono clip.
+
+    Raises:
+        ValueError: if `waveform` is not floating point [S] with S >= 1, or has samples that are not finite.
+    """
+    if waveform.ndim != 1 or waveform.shape[0] == 0 or not waveform.is_floating_point():
+        raise ValueError(
+            f"a clip is {waveform.dtype} {tuple(waveform.shape)}, expected float32 [S] with S >= 1; mix to mono at 24 kHz, in [-1, 1]"
+        )
+    if not bool(torch.isfinite(waveform).all()):
+        raise ValueError("a clip has samples that are not finite; check the file it came from")
+
+
+def check_codes(codes: Tensor, num_codebooks: int, vocab_size: int) -> None:
+    """Refuse what is not codes [K, F] of a codec with these sizes.
+
+    Raises:
+        ValueError: if the shape or a value is off.
+    """
+    if codes.ndim != 2 or codes.shape[0] != num_codebooks:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [{num_codebooks}, F]; use the codec the codes were made with")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab_size:
+        raise ValueError(
+            f"codes reach from {int(codes.min())} to {int(codes.max())}, expected 0 to {vocab_size - 1}; "
+            "use the codec the codes were made with"
+        )

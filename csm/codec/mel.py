@@ -6,7 +6,7 @@ frame of codes and a frame depends on nothing further than 392 samples from its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -61,7 +61,7 @@ def _log_mels_of_block(rows: Tensor) -> Tensor:
     return (spectrum @ mel_filters(rows.device)).clamp(min=MEL_FLOOR).log()
 
 
-def in_blocks(function, rows: Tensor) -> Tensor:
+def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """Apply a row-wise function to blocks of ROWS_PER_BLOCK rows, the last one padded with zeros."""
     num_rows = rows.shape[0]
     results = []

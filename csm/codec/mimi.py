@@ -20,7 +20,7 @@ from transformers import DynamicCache, MimiConfig, MimiModel
 from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d, MimiResnetBlock
 
 from csm.codec.folder import check_digest, codec_digest, read_description, read_weights, write_codec_folder
-from csm.codec.interface import Codec, DecodeStream
+from csm.codec.interface import Codec, DecodeStream, check_codes, check_waveform
 from csm.frames import num_frames_from_samples, num_samples_from_frames
 
 DEFAULT_SOURCE = "kyutai/mimi"
@@ -56,7 +56,9 @@ class MimiCodec(Codec):
                 f"expected {self.sample_rate_hz} Hz, {self.frame_rate_hz} frames/s, mono"
             )
         if not config.use_causal_conv or config.pad_mode != "constant" or config.trim_right_ratio != 1.0:
-            raise ValueError("this Mimi is not causal with zero padding, so it cannot be decoded as a stream; use kyutai/mimi's configuration")
+            raise ValueError(
+                "this Mimi is not causal with zero padding, so it cannot be decoded as a stream; use kyutai/mimi's configuration"
+            )
         self.num_codebooks = min(CSM_NUM_CODEBOOKS, config.num_quantizers) if num_codebooks is None else num_codebooks
         if not config.num_semantic_quantizers <= self.num_codebooks <= config.num_quantizers:
             raise ValueError(
@@ -135,7 +137,9 @@ class MimiCodec(Codec):
         Mimi is causal, so the zeros a batch adds change no frame of a shorter clip. A frame that comes out all zero, which
         would read as EOS, takes in its last codebook the entry closest to entry 0 instead.
         """
-        clips = [self._checked_waveform(waveform) for waveform in waveforms]
+        for waveform in waveforms:
+            check_waveform(waveform)
+        clips = [waveform.to(self.device, torch.float32) for waveform in waveforms]
         lengths = [num_frames_from_samples(clip.shape[0]) for clip in clips]
         results: dict[int, Tensor] = {}
         for batch in _batches_by_length(lengths):
@@ -155,10 +159,7 @@ class MimiCodec(Codec):
 
     def latents_from_codes(self, codes: Tensor) -> Tensor:
         """Sum of the codebooks' entries: [K, F] -> [1, D, F], the same for a frame whatever is beside it."""
-        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [{self.num_codebooks}, F]")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
-            raise ValueError(f"codes reach from {int(codes.min())} to {int(codes.max())}, expected 0 to {self.vocab_size - 1}")
+        check_codes(codes, self.num_codebooks, self.vocab_size)
         return self.model.quantizer.decode(codes[None].to(self.device, torch.int64))
 
     def _quantizers(self) -> list[nn.Module]:
@@ -172,13 +173,6 @@ class MimiCodec(Codec):
             table = self._quantizers()[self.num_codebooks - 1].codebook.embed
             codes[-1, is_zero] = 1 + (table[1:] - table[0]).square().sum(dim=1).argmin()
         return codes
-
-    def _checked_waveform(self, waveform: Tensor) -> Tensor:
-        if waveform.ndim != 1 or waveform.shape[0] == 0 or not waveform.is_floating_point():
-            raise ValueError(f"a clip is {waveform.dtype} {tuple(waveform.shape)}, expected float32 [S] with S >= 1, mono 24 kHz in [-1, 1]")
-        if not bool(torch.isfinite(waveform).all()):
-            raise ValueError("a clip has samples that are not finite; check the file it came from")
-        return waveform.to(self.device, torch.float32)
 
 
 class MimiDecodeStream(DecodeStream):
@@ -195,6 +189,7 @@ class MimiDecodeStream(DecodeStream):
     def push(self, codes: Tensor) -> Tensor:
         if self._is_over:
             raise ValueError("this stream is finished; start another with Codec.stream()")
+        check_codes(codes, self._codec.num_codebooks, self._codec.vocab_size)
         # One frame at a time, so that any chunking gives the same samples.
         parts = [self._step(self._codec.latents_from_codes(codes[:, index : index + 1])) for index in range(codes.shape[1])]
         return torch.cat(parts) if parts else torch.zeros(0, device=self._codec.device)

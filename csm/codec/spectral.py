@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csm.codec import mel
 from csm.codec.folder import check_digest, codec_digest, read_description, read_weights, write_codec_folder
-from csm.codec.interface import Codec, DecodeStream
+from csm.codec.interface import Codec, DecodeStream, check_codes, check_waveform
 from csm.codec.residual_kmeans import fit_codebooks, principal_components, quantise
 from csm.codec.vocoder import PhaseStream, magnitudes_from_log_mels
 from csm.frames import num_frames_from_samples
@@ -57,9 +57,7 @@ class SpectralCodec(Codec):
         self.digest = codec_digest(self._tensors(), _SETTINGS)
 
     @classmethod
-    def fit(
-        cls, waveforms: Sequence[Tensor], *, num_codebooks: int = 8, codebook_size: int = 256, seed: int = 0
-    ) -> SpectralCodec:
+    def fit(cls, waveforms: Sequence[Tensor], *, num_codebooks: int = 8, codebook_size: int = 256, seed: int = 0) -> SpectralCodec:
         """Fit on clips, each float32 [S]; about 10 s on one thread at NUM_FIT_FRAMES, the same for the same input.
 
         Clips are cut at changing phases, as the training data is, and small corpora are used at all eight.
@@ -130,14 +128,15 @@ class SpectralCodec(Codec):
 
     def decode(self, codes: Tensor) -> Tensor:
         stream = self.stream()
-        return torch.cat([stream.push(codes), stream.finish()]) if codes.shape[-1] else stream.finish()
+        return torch.cat([stream.push(codes), stream.finish()])
 
     def stream(self) -> DecodeStream:
         return SpectralDecodeStream(self)
 
     def log_mels_from_codes(self, codes: Tensor) -> Tensor:
         """What codes [K, F] say of the spectrum: log-mels [8 * F, 80]."""
-        codes = self._checked_codes(codes)
+        check_codes(codes, self.num_codebooks, self.vocab_size)
+        codes = codes.to(self.device, torch.int64)
         rows = torch.stack([table[index] for table, index in zip(self._codebooks, codes, strict=True)]).sum(dim=0)  # [F, P]
         return (rows @ self._basis + self._mean).reshape(-1, mel.NUM_MELS)
 
@@ -171,7 +170,9 @@ class SpectralCodec(Codec):
         if description.get("name") != cls.name:
             raise ValueError(f"{folder}: codec.json is of {description.get('name')!r}, expected {cls.name!r}")
         if description.get("settings") != _SETTINGS:
-            raise ValueError(f"{folder}: made with settings {description.get('settings')}, this version has {_SETTINGS}; fit the codec again")
+            raise ValueError(
+                f"{folder}: made with settings {description.get('settings')}, this version has {_SETTINGS}; fit the codec again"
+            )
         tensors = read_weights(folder)
         missing = sorted({"mean", "basis", "codebooks"} - tensors.keys())
         if missing:
@@ -196,13 +197,6 @@ class SpectralCodec(Codec):
         codes = mel.in_blocks(lambda block: quantise((block - self._mean) @ self._basis.T, entries), frames) + 1  # [F, K]
         return [part.T.contiguous() for part in codes.split(list(lengths))]
 
-    def _checked_codes(self, codes: Tensor) -> Tensor:
-        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [{self.num_codebooks}, F]")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
-            raise ValueError(f"codes reach from {int(codes.min())} to {int(codes.max())}, expected 0 to {self.vocab_size - 1}")
-        return codes.to(self._mean.device, torch.int64)
-
 
 class SpectralDecodeStream(DecodeStream):
     """Decodes frame by frame with one frame of look-ahead: sound comes from the second pushed frame on."""
@@ -215,6 +209,7 @@ class SpectralDecodeStream(DecodeStream):
     def push(self, codes: Tensor) -> Tensor:
         if self._is_over:
             raise ValueError("this stream is finished; start another with Codec.stream()")
+        check_codes(codes, self._codec.num_codebooks, self._codec.vocab_size)
         parts = []
         for index in range(codes.shape[1]):  # one at a time, so that any chunking gives the same samples
             log_mels = self._codec.log_mels_from_codes(codes[:, index : index + 1])
@@ -234,8 +229,5 @@ def _stack(mels: Tensor) -> Tensor:
 
 
 def _checked(waveform: Tensor) -> Tensor:
-    if waveform.ndim != 1 or waveform.shape[0] == 0 or not waveform.is_floating_point():
-        raise ValueError(f"a clip is {waveform.dtype} {tuple(waveform.shape)}, expected float32 [S] with S >= 1, mono 24 kHz in [-1, 1]")
-    if not bool(torch.isfinite(waveform).all()):
-        raise ValueError("a clip has samples that are not finite; check the file it came from")
+    check_waveform(waveform)
     return waveform.detach().float()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from csm.codec.mel import HOP_SAMPLES, HOPS_PER_FRAME, MARGIN_SAMPLES, NUM_BINS, NUM_FFT, analysis_window, mel_filters
 from csm.frames import SAMPLES_PER_FRAME
 
-NUM_ITERATIONS = 16  # of Griffin-Lim a block; each hop is iterated twice, ahead and then in its own block
+NUM_ITERATIONS = 12  # of Griffin-Lim a block; each hop gets them twice, ahead and then in its own block
 MOMENTUM = 0.9
 NUM_INVERSION_STEPS = 20  # of the multiplicative mel inversion
 _HOPS_PER_WINDOW = math.ceil(NUM_FFT / HOP_SAMPLES)  # 5
@@ -57,7 +57,7 @@ class PhaseStream:
         self._pending: Tensor | None = None  # magnitudes of the block that waits for its look-ahead
         self._pending_phase: Tensor | None = None  # its unit phasors, iterated while it was look-ahead
         self._is_first = True
-        self._advance = torch.exp(2j * math.pi * HOP_SAMPLES / NUM_FFT * torch.arange(NUM_BINS, device=device))
+        self._centred = (1 - 2 * (torch.arange(NUM_BINS, device=device) % 2)).to(torch.complex64)
 
     def push(self, magnitudes: Tensor) -> Tensor:
         """Take one block, [8, NUM_BINS]."""
@@ -103,13 +103,11 @@ class PhaseStream:
 
     def _first_guess(self, magnitudes: Tensor) -> Tensor:
         """Unit phasors: kept from the look-ahead where there are any, carried on from the hop before where not."""
-        phases = [] if self._pending_phase is None else list(self._pending_phase)
-        phase = phases[-1] if phases else _phasors(self._last)
-        for hop in range(len(phases), magnitudes.shape[0]):
-            phase = phase * self._advance
-            phase = torch.where(phase == 0, torch.ones_like(phase), phase)
-            phases.append(phase)
-        return torch.stack(phases)
+        kept = magnitudes.new_zeros(0, NUM_BINS, dtype=torch.complex64) if self._pending_phase is None else self._pending_phase
+        before = kept[-1] if kept.shape[0] else _phasors(self._last)
+        start = torch.where(before.abs() < 0.5, self._centred, before)  # a bin that was silent starts like a click amid the window
+        advance = 2.0 * math.pi * HOP_SAMPLES / NUM_FFT * _peak_bins(magnitudes[kept.shape[0] :]).cumsum(dim=0)
+        return torch.cat([kept, start * torch.polar(torch.ones_like(advance), advance)])
 
     def _windowed(self, spectrum: Tensor) -> Tensor:
         windows = torch.fft.irfft(spectrum, n=NUM_FFT) * self._window
@@ -137,3 +135,22 @@ class PhaseStream:
 def _phasors(spectrum: Tensor) -> Tensor:
     """Divided by its magnitude; what is nothing stays nothing (torch.sgn gives NaN where the magnitude underflows)."""
     return spectrum / spectrum.abs().clamp(min=1e-12)
+
+
+def _peak_bins(magnitudes: Tensor) -> Tensor:
+    """Frequency of the spectral peak each bin belongs to, in bins: a partial turns all bins around it at its own rate.
+
+    Nearest local maximum, refined by a parabola through the logarithms; a hop without one keeps each bin's own frequency.
+    [n, NUM_BINS] -> [n, NUM_BINS]. Source: the phase-locked vocoder of Laroche and Dolson (1999).
+    """
+    logs = (magnitudes + _SMALL).log()
+    left, middle, right = logs[:, :-2], logs[:, 1:-1], logs[:, 2:]
+    is_peak = F.pad((middle >= left) & (middle > right), (1, 1))
+    shift = 0.5 * (left - right) / (left - 2.0 * middle + right).clamp(max=-_SMALL)
+    bins = torch.arange(NUM_BINS, device=magnitudes.device)
+    refined = bins + F.pad(shift.clamp(-0.5, 0.5), (1, 1))
+    below = torch.where(is_peak, bins, -NUM_BINS).cummax(dim=1).values
+    above = torch.where(is_peak, bins, 2 * NUM_BINS).flip(1).cummin(dim=1).values.flip(1)
+    nearest = torch.where(bins - below <= above - bins, below, above)
+    has_peak = is_peak.any(dim=1, keepdim=True)
+    return torch.where(has_peak, refined.gather(1, nearest.clamp(0, NUM_BINS - 1)), bins.to(refined.dtype))
