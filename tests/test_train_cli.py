@@ -120,3 +120,15 @@ def test_train_py_runs_by_itself_and_records_its_surroundings(tmp_path: Path) ->
     assert environment["packages"]["torch"] and environment["shard_index_digests"] == {"train": "random"}
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["trainer"]["max_steps"] == 2
     assert not (tmp_path / "outputs").exists()
+
+
+def test_wandb_writes_offline_and_asks_for_a_login_online(run_main: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    status, _, err = run_main(*TINY, "run_dir=online", "logger=wandb")
+    assert status == 1
+    assert _one_line(err) == "error: logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv"
+    assert not Path("online").exists()
+    assert run_main(*TINY, "run_dir=offline", "logger=wandb", "logger.mode=offline", "trainer.validate_every=0")[0] == 0
+    assert list(Path("offline").glob("wandb/offline-run-*/run-demo-offline.wandb"))
+    assert Path("offline/metrics.csv").is_file()

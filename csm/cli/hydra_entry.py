@@ -93,7 +93,7 @@ def help_text(config_name: str, schema: type, overrides: Sequence[str] = (), *, 
     """What `--help` prints: groups and their choices, then every key with its value and its comment in csm/config.py."""
     given = {override.split("=")[0] for override in overrides}
     required = OmegaConf.missing_keys(OmegaConf.structured(schema)) - given  # shown as what they are: yours to give
-    config = compose(config_name, [*overrides, *(f"{key}='<required>'" for key in sorted(required))], schema)
+    config: Any = compose(config_name, [*overrides, *(f"{key}='<required>'" for key in sorted(required))], schema)
     lines = [*textwrap.wrap(about, 118), ""]
     lines += [f"  python {example}" for example in examples] + [""]
     groups = _groups(config_name)
@@ -146,8 +146,9 @@ def _to_object(config: DictConfig, schema: type[Schema]) -> Schema:
 
 def _groups(config_name: str) -> dict[str, list[str]]:
     """The groups named in a primary file's defaults list, with their choices."""
-    defaults = OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").get("defaults", [])
-    names = [next(iter(entry)) for entry in defaults if isinstance(entry, DictConfig)]
+    primary = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
+    assert isinstance(primary, dict)
+    names = [next(iter(entry)) for entry in primary.get("defaults", []) if isinstance(entry, dict)]
     return {
         str(name): sorted(path.stem for path in (CONFIG_DIR / str(name)).glob("*.yaml"))
         for name in names
@@ -171,8 +172,8 @@ def _explain(error: Exception, schema: type) -> str:
         key = re.search(r"full_key: (\S+)", str(cause))
         return f"{key.group(1) if key else text.splitlines()[0]}: {str(cause).splitlines()[0]}"
     if unknown:
-        key = unknown.group(1).split("@")[0]
-        return f"{key}: no such key{_did_you_mean(key, known_keys(OmegaConf.structured(schema)))}; --help lists every key"
+        name = unknown.group(1).split("@")[0]
+        return f"{name}: no such key{_did_you_mean(name, known_keys(OmegaConf.structured(schema)))}; --help lists every key"
     lines = [line.strip() for line in f"{text}\n{cause or ''}".splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("object_type", "full_key", "reference_type", "See https"))]
     return "; ".join(dict.fromkeys(lines[:4]))

@@ -77,7 +77,8 @@ _SHAPES: dict[str, Callable[[float, OptimConfig], float]] = {
 
 def _split_for_muon(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Hidden matrices, and everything else: embeddings, heads, norms. Source: the Muon post, kellerjordan.github.io/posts/muon."""
-    hidden, rest = [], []
+    hidden: list[tuple[str, Tensor]] = []
+    rest: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and "embeddings" not in name and "head" not in name
         (hidden if is_hidden and parameter.requires_grad else rest).append((name, parameter))

@@ -37,7 +37,9 @@ class ProgressLine(Callback):
         if self._validation.metrics:
             self._console.print(f"step {module.step}: {_validation_news(self._validation.metrics)}", highlight=False, soft_wrap=True)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=module.step, **({"news": self._news(module)} if is_news else {}))
+            self._bar.update(self._bar.task_ids[0], completed=module.step)
+            if is_news:
+                self._bar.update(self._bar.task_ids[0], news=self._news(module))
         elif is_news:
             self._console.print(f"step {module.step}/{self._config.max_steps}  {self._news(module)}", highlight=False, soft_wrap=True)
 

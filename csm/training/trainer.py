@@ -132,7 +132,7 @@ def build_loggers(config: LoggerConfig, run_dir: Path, run_config: TrainConfig) 
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    if config.mode == "online" and not wandb.api.api_key:
+    if config.mode == "online" and not wandb.login(prompt=False):  # False: no credentials anywhere; asks nobody
         raise ValueError("logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv")
     name = f"{run_config.experiment_name}-{run_dir.name}"
     settings = wandb.Settings(console="off", silent=True)
@@ -167,6 +167,7 @@ def build_trainer(
         default_root_dir=run_dir,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        log_every_n_steps=1,  # of its own records, which are empty; more than the steps of a short run makes it warn
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
