@@ -349,6 +349,10 @@ def _is_finished(output: Path, settings: dict[str, Any]) -> bool:
             f"{output} holds a corpus made with {key}={found.get(key)}, this asks for {key}={settings[key]}; "
             "give another output=, or remove that folder to build it again"
         )
+    try:
+        SpectralCodec.load(output / "codec")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{output} was encoded with another codec; remove that folder to build it again ({error})") from error
     return True
 
 

@@ -118,7 +118,7 @@ def demo_corpus_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
     folder = shared / "demo_corpus_small"
-    with FileLock(shared / "demo_corpus_small.lock"):
+    with FileLock(shared / "demo_corpus_small.fixture.lock"):
         if not (folder / "corpus.json").is_file():
             settings = ("prep=demo", f"output={folder}", "seed=0", "num_train_strings=24", "num_heldout_strings=3", "num_phases=2")
             command = [sys.executable, "-m", "data_prep", *settings, "num_workers=1"]
@@ -183,3 +183,38 @@ def shipped_model_config() -> Callable[[str], ModelConfig]:
         return replace(config, **parts, **values)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def small_codec():
+    """A spectral codec of K 4 and V 33, the tiny model's, fitted on a few gliding tones."""
+    from csm.codec import SpectralCodec
+
+    random = torch.Generator().manual_seed(0)
+    time_s = torch.arange(48_000) / 24_000
+    clips = [torch.sin(6.28 * (100 + 40 * i) * time_s * (1 + 0.2 * torch.sin(3 * time_s))) * 0.3 for i in range(12)]
+    clips = [clip + torch.randn(48_000, generator=random) * 0.02 for clip in clips]
+    return SpectralCodec.fit(clips, num_codebooks=4, codebook_size=32)
+
+
+@pytest.fixture(scope="session")
+def speaking_model():
+    """A random CSM with the small codec's shapes; weights of std 0.2, so that logits differ by more than rounding."""
+    from csm import CSM
+
+    model = CSM(tiny_config(), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def speaking_checkpoint(tmp_path_factory: pytest.TempPathFactory, speaking_model, small_codec, word_tokenizer) -> Path:
+    """A checkpoint folder as training leaves it: weights, tokenizer, codec."""
+    folder = tmp_path_factory.mktemp("speaking") / "step_000001"
+    speaking_model.save_pretrained(folder)
+    word_tokenizer.save(folder)
+    small_codec.save(folder / "codec")
+    return folder

@@ -53,6 +53,12 @@ def test_primary_composes_to_its_dataclass_and_equals_its_defaults(name: str) ->
     config = compose(name, required, PRIMARIES[name])
     if name == "plan":  # of no use for the demo model: it plans the published one
         config.model = PRIMARIES[name]().model
+    if name == "train":  # without arguments it is the demo: the recipe paired with its model, the lines said of its data
+        recipe = _settings(CONFIG_DIR / "pairing/demo.yaml") | _settings(CONFIG_DIR / "data/demo.yaml")
+        for key, value in recipe.items():
+            section, field = key.split(".")
+            assert getattr(getattr(config, section), field) == value
+            setattr(getattr(config, section), field, getattr(getattr(TrainConfig(), section), field))
     assert config == (PRIMARIES[name](run="runs/demo/x") if required else PRIMARIES[name]())
 
 
@@ -84,9 +90,9 @@ def test_model_alone_brings_its_codec_and_tokenizer() -> None:
         assert (config.model.num_codebooks, config.model.audio_vocab_size, config.model.text_vocab_size) == (32, 2051, 128_256)
 
 
-def test_every_model_of_another_width_than_the_demo_is_paired() -> None:
+def test_every_model_is_paired() -> None:
     models = {path.stem for path in CONFIG_DIR.glob("model/*.yaml")}
-    assert models - {"demo"} == {path.stem for path in CONFIG_DIR.glob("pairing/*.yaml")}
+    assert models == {path.stem for path in CONFIG_DIR.glob("pairing/*.yaml")}
 
 
 def test_command_line_wins_over_the_choice_a_model_brings() -> None:

@@ -6,7 +6,7 @@ Drawn on a canvas of 440 x 250 units and scaled by the page; every mark carries 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -114,7 +114,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [round(step * index, 10) for index in range(first, max(last, first + 1) + 1)]
 
 
-def _y_axis(ticks: Sequence[float], at, *, percent: bool = False) -> list[str]:
+def _y_axis(ticks: Sequence[float], at: Callable[[float], float], *, percent: bool = False) -> list[str]:
     parts = []
     for tick in ticks:
         y = at(tick)

@@ -310,7 +310,7 @@ def _wer_by_group(
     verdicts: Sequence[Verdict], row: Row, group_of: Callable[[Verdict], object], groups: Sequence[object]
 ) -> list[tuple[float, float]]:
     """(index of the group, word error rate) of the groups that a row has clips in."""
-    points = []
+    points: list[tuple[float, float]] = []
     for index, group in enumerate(groups):
         counts = [verdict.word_errors for verdict in verdicts if verdict.row == row.name and group_of(verdict) == group]
         if counts:

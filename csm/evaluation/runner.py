@@ -258,8 +258,8 @@ def _log(config: EvaluateConfig, summary: dict[str, Any], places: Places) -> Non
         return
     import wandb
 
-    logger = config.logger
-    run = wandb.init(project=logger.project, mode=logger.mode, job_type="evaluate", dir=str(places.output), config=asdict(config))
+    settings: dict[str, Any] = {"project": config.logger.project, "mode": config.logger.mode, "job_type": "evaluate"}
+    run = wandb.init(dir=str(places.output), config=asdict(config), **settings)
     run.summary.update({f"evaluation/{name}": estimate["value"] for name, estimate in summary["metrics"].items()})
     page = places.output / "report.html"
     if config.html:

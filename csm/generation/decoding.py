@@ -79,6 +79,7 @@ class DepthLoop:
             self._slots.append(views)
         self._batch_size = batch_size
 
+    @torch.no_grad()
     def run(self, hidden: Tensor, code0: Tensor, sampler: Sampler, frame_index: int) -> Tensor:
         """Complete a frame.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from csm.frames import SAMPLE_RATE_HZ
 
-DETECTION_THRESHOLD = 0.5  # Perth's own rounding
+DETECTION_THRESHOLD = 0.49  # between marked and unmarked, see PerthWatermarker
 CHOICES = ("perth", "off")
 _WEIGHTS = Path("perth_net/pretrained/implicit/perth_net_250000.pth.tar")
 _WEIGHTS_SHA256 = "a15bce457ebc53ce5e6c9c3f11df78cf7ee2bf9cdab0a798902135b4c4027670"
@@ -35,6 +35,7 @@ _NUM_BINS = 128  # up to 2 kHz, 15.6 Hz each
 _FLOOR_DB, _RANGE_DB = -180.0, 195.0  # a magnitude is read as (dB - floor) / range
 _SILENCE = 0.05  # hops whose mean reading is below this share of the loudest are neither marked nor read
 _FIRST_BLOCK_HOPS, _BLOCK_HOPS = 4, 8  # the first is shorter, so that sound comes after the first frame of a codec
+_DETECTION_FLOOR_DB = -30.0  # below the mean power under 2 kHz: what the detector is not let to see, see PerthWatermarker
 _BRANCHES = (("slow", 1.25), ("normal", 1.0), ("fast", 0.75))  # the detector listens at three speeds
 
 
@@ -43,7 +44,7 @@ class WatermarkResult:
     """What a detector heard.
 
     Attributes:
-        is_marked: confidence above 0.5.
+        is_marked: confidence above `DETECTION_THRESHOLD`.
         confidence: 0 to 1.
     """
 
@@ -89,8 +90,10 @@ class Watermarker(ABC):
 class PerthWatermarker(Watermarker):
     """Perth's implicit watermark: one bit, present or not.
 
-    Measured on synthetic speech of 1-4 s (docs/evaluation.md): all clips found, none of the clean ones, also after 16 and
-    8 kHz, mp3, -6 dB and 30 dB of noise, and in crops of half a second. Noise at 10 dB hides it.
+    Its detector takes holes in the spectrum for the mark: of unmarked clips it accepts, with confidences up to 1.0, 13 of 16
+    with everything below 50 Hz cut away, 16 of 16 below 120 Hz, and 40 of 40 that went through our offline codec. So `detect`
+    fills the holes: power 30 dB below the mean is added to every bin. Measured on synthetic speech of 1-4 s and on the same
+    through the offline codec, 40 clips each: marked ones score 0.53 to 0.86, unmarked ones 0 to 0.45; the threshold lies between. The price: of clips of half a second most are missed.
     """
 
     name = "perth"
@@ -113,10 +116,12 @@ class PerthWatermarker(Watermarker):
         spectra = torch.stft(waveform, _NUM_FFT, _HOP, window=window, pad_mode="reflect", return_complex=True)
         readings = _read(spectra)  # [bins, hops]
         loudness = readings.sum(dim=0)
+        power = spectra[:_NUM_BINS].abs().square()
+        filled = _read((power + power.mean() * 10.0 ** (_DETECTION_FLOOR_DB / 10.0)).sqrt())
         is_heard = (loudness > _SILENCE * loudness.max()).float()
         if not bool(is_heard.any()):
             return WatermarkResult(False, 0.0)  # digital silence holds no mark
-        confidence = float(_score(readings[:_NUM_BINS], is_heard, _load_weights(self._path)).clamp(0.0, 1.0))
+        confidence = float(_score(filled, is_heard, _load_weights(self._path)).clamp(0.0, 1.0))
         return WatermarkResult(confidence > DETECTION_THRESHOLD, confidence)
 
 
