@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     Raises:
         FileNotFoundError, ValueError: if the run, its data or an evaluator is missing or does not fit.
     """
-    console = console or Console()
+    console = console or Console(width=max(100, Console().width))  # a table with its numbers cut off says nothing
     if not config.temperatures or len(set(config.temperatures)) != len(config.temperatures):
         raise ValueError(f"temperatures={config.temperatures}: expected at least one, each once")
     torch.set_num_threads(config.num_threads or 1)  # two judges run beside the model: more threads each would only collide
