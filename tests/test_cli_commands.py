@@ -83,7 +83,8 @@ def test_the_watermark_command_tells_by_its_status(speaking_checkpoint, prompt_f
 def test_context_and_voice_change_what_is_said(speaking_checkpoint, conversation, prompt_file, tmp_path, capsys):
     voices = ["--voices", str(tmp_path / "voices")]
     terms = ["--text", "one two", "--speaker-name", "A. Speaker", "--licence", "CC0-1.0", "--consent", "given for this test"]
-    add = ["voices", "add", "warm", *voices, "--checkpoint", str(speaking_checkpoint), "--audio", str(prompt_file), *terms, "--speaker", "2"]
+    recording = ["--checkpoint", str(speaking_checkpoint), "--audio", str(prompt_file), "--speaker", "2"]
+    add = ["voices", "add", "warm", *voices, *recording, *terms]
     assert main(add) == 0
     capsys.readouterr()
     assert main(["voices", "list", *voices]) == 0 and "warm" in capsys.readouterr().out
@@ -91,7 +92,8 @@ def test_context_and_voice_change_what_is_said(speaking_checkpoint, conversation
     assert json.loads(capsys.readouterr().out)["consent"] == "given for this test"
     refused(capsys, add, "exists; choose another name")
     spoken = {}
-    extras = {"plain": ["--speaker", "2"], "context": ["--speaker", "2", "--context", str(conversation)], "voice": [*voices, "--voice", "warm"]}
+    speaker = ["--speaker", "2"]
+    extras = {"plain": speaker, "context": [*speaker, "--context", str(conversation)], "voice": [*voices, "--voice", "warm"]}
     for name, extra in extras.items():
         assert generate(speaking_checkpoint, tmp_path / f"{name}.wav", "--text", "six", *extra) == 0
         spoken[name] = soundfile.read(tmp_path / f"{name}.wav")[0].tobytes()

@@ -124,7 +124,7 @@ def _declare_plan(commands: Any) -> None:
         "What a training run would need: parameters, FLOPs, memory a GPU, GPU-hours.",
         "example: csm plan model=csm_8b devices=64 hours=1000000",
     )
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of csm.config.PlanConfig, e.g. model=csm_1b devices=8 hours=1e5")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of csm.config.PlanConfig: model=csm_1b devices=8 hours=1e5")
     command.add_argument("--json", action="store_true")
 
 
