@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm.frames import PADDING_DOCUMENT, Batch, is_eos_row
+from csm.model.functions import cross_entropy
 
-_IGNORED = -100  # target of a row that is not learnt
+_IGNORED = -1  # target of a row that is not learnt
 
 
 @dataclass
@@ -101,9 +102,9 @@ def csm_loss(
         mask = _hide_frames(tokens, mask, frame_dropout, key)
     out = model(tokens, mask, document_ids=batch.document_ids, depth_index=depth_index)
 
-    c0_targets = tokens[:, 1:, 0].masked_fill(~is_c0_target[:, 1:], _IGNORED)  # [B, T-1]
-    c0_logits = out.c0_logits[:, :-1]
-    c0_sum = F.cross_entropy(c0_logits.flatten(0, 1).float(), c0_targets.flatten(), ignore_index=_IGNORED, reduction="sum")
+    # The last position predicts nothing; it is ignored rather than cut off, which would copy the logits.
+    c0_targets = F.pad(tokens[:, 1:, 0].masked_fill(~is_c0_target[:, 1:], _IGNORED), (0, 1), value=_IGNORED)  # [B, T]
+    c0_sum = cross_entropy(out.c0_logits.flatten(0, 1), c0_targets.flatten()).sum()
     c0_count = is_c0_target.sum()
 
     row, position = depth_index.unbind(1)
@@ -111,9 +112,7 @@ def csm_loss(
     depth_targets = tokens[row, position, 1:-1].T  # [K-1, N]
     if num_picked < depth_index.shape[0]:
         depth_targets = depth_targets.masked_fill(torch.arange(depth_index.shape[0], device=tokens.device) >= num_picked, _IGNORED)
-    depth_nats = F.cross_entropy(
-        out.depth_logits.transpose(0, 1).flatten(0, 1).float(), depth_targets.flatten(), ignore_index=_IGNORED, reduction="none"
-    )
+    depth_nats = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), depth_targets.flatten(), overwrite=True)
     codebook_sums = depth_nats.view(num_depth_codebooks, -1).sum(dim=1)  # [K-1]
     depth_count = torch.tensor(num_picked * num_depth_codebooks, device=tokens.device)
 
@@ -123,10 +122,10 @@ def csm_loss(
     depth = _weigh(codebook_sums, codebook_weights).sum() / depth_total
     loss = c0_weight * c0 + depth_weight * depth
     if z_loss > 0:
-        squares = c0_logits.float().logsumexp(dim=-1).square()
+        squares = out.c0_logits[:, :-1].float().logsumexp(dim=-1).square()
         loss = loss + z_loss * (squares * is_c0_target[:, 1:]).sum() / c0_total
     per_codebook = torch.cat((c0.detach()[None], codebook_sums.detach() * num_depth_codebooks / depth_total))
-    stop_counts = None if model.training else _count_stops(c0_logits, tokens, batch.mask, is_c0_target)
+    stop_counts = None if model.training else _count_stops(out.c0_logits[:, :-1], tokens, batch.mask, is_c0_target)
     return Losses(loss, c0.detach(), depth.detach(), per_codebook, c0_count, depth_count, stop_counts)
 
 

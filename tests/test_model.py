@@ -12,7 +12,8 @@ from torch import Tensor
 from csm import CSM, ModelConfig
 from csm.frames import Batch, Rows, audio_rows, text_rows
 from csm.model.attention import attend, plan_packed_rows, positions_from_documents
-from csm.model.functions import rms_norm, rotate, swiglu
+from csm.model import functions
+from csm.model.functions import cross_entropy, rms_norm, rotate, sum_and_look_up, swiglu
 from csm.model.transformer import KVCache
 
 FLOAT32 = {"atol": 2e-5, "rtol": 1e-4}  # another order of sums
@@ -204,6 +205,56 @@ def test_embed_sums_the_columns_that_count(tiny_model_config):
         torch.autograd.grad((got * weights).sum(), tables), torch.autograd.grad((expected * weights).sum(), tables), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_table_read_twice_gets_the_sum_of_both_gradients(generator):
+    table = torch.randn(12, 6, generator=generator).requires_grad_()
+    bags, rows = torch.randint(12, (5, 3), generator=generator), torch.randint(12, (2, 4), generator=generator)
+    weights = torch.randint(2, (5, 3), generator=generator).float()
+    got = sum_and_look_up(table, bags, weights, rows)
+    expected = ((table[bags] * weights[..., None]).sum(dim=1), table[rows])
+    scales = [torch.randn(part.shape, generator=generator) for part in expected]
+    grads = []
+    for parts in (got, expected):
+        for part, known in zip(parts, expected, strict=True):
+            torch.testing.assert_close(part, known)
+        grads += torch.autograd.grad(sum((part * scale).sum() for part, scale in zip(parts, scales, strict=True)), table)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("rows_in_chunk", [1, 3, 100])
+def test_cross_entropy_equals_torchs_whatever_the_chunks(generator, monkeypatch, overwrite, rows_in_chunk):
+    monkeypatch.setattr(functions, "_CHUNK_ELEMENTS", rows_in_chunk * 9)
+    values = torch.randn(7, 9, generator=generator) * 5
+    targets = torch.tensor([0, 8, -1, 3, 3, -1, 5])
+    scale = torch.randn(7, generator=generator)
+    leaf = values.clone().requires_grad_()
+    got = cross_entropy(leaf * 1.0, targets, overwrite=overwrite)
+    plain = values.clone().requires_grad_()
+    expected = F.cross_entropy(plain, targets, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(got, expected)
+    for loss, tensor in ((got, leaf), (expected, plain)):
+        (loss * scale).sum().backward()
+        assert tensor.grad is not None
+    torch.testing.assert_close(leaf.grad, plain.grad)
+    assert bool((leaf.grad[targets < 0] == 0).all())
+
+
+def test_cross_entropy_of_bfloat16_logits_is_taken_in_float32(generator):
+    logits = (torch.randn(6, 50, generator=generator) * 5).bfloat16()
+    targets = torch.randint(50, (6,), generator=generator)
+    got = cross_entropy(logits, targets)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, F.cross_entropy(logits.float(), targets, reduction="none"))
+
+
+def test_second_backward_over_overwritten_logits_is_refused(generator):
+    leaf = torch.randn(3, 5, generator=generator).requires_grad_()
+    loss = cross_entropy(leaf * 1.0, torch.tensor([0, 1, 2]), overwrite=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def check_against(formula, function, *inputs: Tensor) -> None:

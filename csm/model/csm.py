@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm.config import ModelConfig
+from csm.model.functions import sum_and_look_up
 from csm.model.transformer import INIT_STD, Linear, Transformer
 
 
@@ -104,12 +105,16 @@ class CSM(nn.Module):
 
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Sum the embeddings of the columns that count: [B, T, K+1] -> [B, T, D], without making [B, T, K, D]."""
-        table = self.audio_embeddings.weight
-        size = tokens.shape[:2]
-        index = self.table_index(tokens[..., :-1]).flatten(0, 1)  # [B * T, K]
-        audio = F.embedding_bag(index, table, mode="sum", per_sample_weights=mask[..., :-1].flatten(0, 1).to(table.dtype))
-        text = self.text_embeddings(tokens[..., -1]) * mask[..., -1:]
-        return text + audio.view(*size, -1)
+        index, weights = self._bags(tokens, mask)
+        audio = F.embedding_bag(index, self.audio_embeddings.weight, mode="sum", per_sample_weights=weights)
+        return self._with_text(audio, tokens, mask)
+
+    def _bags(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the audio table that each position sums, and their weights, 0 or 1: both [B * T, K]."""
+        return self.table_index(tokens[..., :-1]).flatten(0, 1), mask[..., :-1].flatten(0, 1).to(self.audio_embeddings.weight.dtype)
+
+    def _with_text(self, audio: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.text_embeddings(tokens[..., -1]) * mask[..., -1:] + audio.view(*tokens.shape[:2], -1)  # [B, T, D]
 
     def depth_logits(self, previous_hidden: Tensor, codes: Tensor) -> Tensor:
         """Predict codebooks 1..K-1 of frames whose codes are known (teacher forcing).
@@ -120,7 +125,10 @@ class CSM(nn.Module):
         Returns:
             [N, K-1, V]; a view of memory laid out [K-1, N, V].
         """
-        embeds = self.audio_embeddings(self.table_index(codes[:, :-1]))  # [N, K-1, D]
+        return self._depth_logits(previous_hidden, self.audio_embeddings(self.table_index(codes[:, :-1])))
+
+    def _depth_logits(self, previous_hidden: Tensor, embeds: Tensor) -> Tensor:
+        """[N, D] and the embeddings of codebooks 0..K-2, [N, K-1, D] -> [N, K-1, V]."""
         x = self.projection(torch.cat((previous_hidden[:, None].to(embeds.dtype), embeds), dim=1))  # [N, K, E]
         outputs = self.decoder(x)[:, 1:]  # [N, K-1, E]; what the hidden state's own position says is not used
         return torch.bmm(outputs.transpose(0, 1), self.audio_head).transpose(0, 1)
@@ -142,13 +150,14 @@ class CSM(nn.Module):
                 f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)}: expected [B, T, {columns}] for both, {columns - 1} "
                 "codebooks and the text column"
             )
-        hidden = self.backbone(self.embed(tokens, mask), document_ids=document_ids)
-        c0_logits = self.codebook0_head(hidden)
         if depth_index is None:
-            return CSMOutput(hidden, c0_logits, None)
+            hidden = self.backbone(self.embed(tokens, mask), document_ids=document_ids)
+            return CSMOutput(hidden, self.codebook0_head(hidden), None)
         row, position = depth_index.unbind(1)
-        logits = self.depth_logits(hidden[row, position - 1], tokens[row, position, :-1])
-        return CSMOutput(hidden, c0_logits, logits)
+        depth_rows = self.table_index(tokens[row, position, :-2])  # [N, K-1]
+        audio, depth_embeds = sum_and_look_up(self.audio_embeddings.weight, *self._bags(tokens, mask), depth_rows)
+        hidden = self.backbone(self._with_text(audio, tokens, mask), document_ids=document_ids)
+        return CSMOutput(hidden, self.codebook0_head(hidden), self._depth_logits(hidden[row, position - 1], depth_embeds))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> CSM:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CHUNK_ELEMENTS = 1 << 20  # of logits: 4 MiB in float32, so that a CPU's passes over a chunk stay in its cache
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products on `x` run in: autocast's where it is on, else `x`'s own."""
@@ -58,6 +60,57 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class _SumAndLookUp(torch.autograd.Function):
+    """Two readers of one table whose gradients meet before they are written: one dense gradient, not two and their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, bags: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.num_rows = table.shape[0]
+        offsets = torch.arange(0, bags.numel(), bags.shape[1], device=bags.device)
+        bags, weights = bags.flatten(), weights.flatten()
+        sums, *shape_of_bags = torch.ops.aten._embedding_bag(table, bags, offsets, False, 0, False, weights)  # False: dense; 0: sum
+        ctx.save_for_backward(bags, weights, rows, offsets, *shape_of_bags)
+        return sums, F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, None, None, None]:
+        bags, weights, rows, offsets, *shape_of_bags = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        grad = torch.ops.aten._embedding_bag_backward(
+            grad_sums.contiguous(), bags, offsets, *shape_of_bags, ctx.num_rows, False, 0, False, weights
+        )
+        return grad.index_add_(0, rows.flatten(), grad_rows.flatten(0, -2)), None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Works in chunks of rows, so that no float32 copy of all logits is made; keeps one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, overwrite: bool) -> Tensor:
+        normaliser = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in logits.split(_rows_in_chunk(logits))])
+        ctx.save_for_backward(logits, targets, normaliser)
+        ctx.overwrite = overwrite
+        of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
+        return (normaliser - of_target).masked_fill_(targets < 0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        grad_logits = logits if ctx.overwrite else torch.empty_like(logits)
+        size = _rows_in_chunk(logits)
+        columns = zip(targets.clamp(min=0)[:, None].split(size), grad.masked_fill(targets < 0, 0.0)[:, None].split(size), strict=True)
+        for start, (index, scale) in zip(range(0, logits.shape[0], size), columns, strict=True):
+            rows = slice(start, start + size)
+            probability = (logits[rows].float() - normaliser[rows, None]).exp_().mul_(scale)
+            grad_logits[rows] = probability.scatter_add_(1, index, -scale)
+        return grad_logits, None, None
+
+
+def _rows_in_chunk(logits: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // logits.shape[1])
+
+
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of the products that follow."""
     return _RMSNorm.apply(x, scale, eps, compute_dtype(x))
@@ -85,3 +138,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def sum_and_look_up(table: Tensor, bags: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sums of some rows of a table, and other rows as they are.
+
+    Args:
+        table: [rows, D].
+        bags: int64 [M, K], rows to sum.
+        weights: [M, K] in the table's dtype; no gradient.
+        rows: int64 [..., k], rows to look up.
+    Returns:
+        [M, D] and [..., k, D].
+    """
+    return _SumAndLookUp.apply(table, bags, weights, rows)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, overwrite: bool = False) -> Tensor:
+    """-log softmax(logits)[target] of each row, in float32; 0 where the target is negative.
+
+    Args:
+        logits: [M, V], any float dtype.
+        targets: int64 [M].
+        overwrite: the backward pass writes the gradient over the logits, which nothing may read after it; a second backward
+            pass is then refused by autograd. For logits too large to hold twice.
+    """
+    return _CrossEntropy.apply(logits, targets, overwrite)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from csm.config import ModelConfig, PlanConfig, TransformerConfig
 from csm.frames import FRAME_RATE_HZ
 from csm.model.csm import CSM
+from csm.model.functions import cross_entropy
 
 GIB = 2**30
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -195,14 +195,11 @@ def _step(model: CSM, rows: int, seq_len: int, amortization: float) -> None:
     num_picked = max(1, round(rows * seq_len * amortization))
     depth_index = torch.tensor([[0, 1]]).expand(num_picked, 2)
     out = model(tokens, mask, depth_index=depth_index)
-    loss = _cross_entropy(out.c0_logits[:, :-1].flatten(0, 1))
     assert out.depth_logits is not None
-    loss = loss + _cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1))
+    targets = tokens[..., 0].flatten(), depth_index.new_zeros(num_picked * (columns - 2))
+    loss = cross_entropy(out.c0_logits.flatten(0, 1), targets[0]).sum()
+    loss = loss + cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), targets[1], overwrite=True).sum()
     loss.backward()
-
-
-def _cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), torch.zeros(logits.shape[0], dtype=torch.int64))
 
 
 def _transformer_parameters(config: TransformerConfig) -> int:
