@@ -1,0 +1,23 @@
+"""The benchmarks still run: each with --quick, as a user types it. What they measure is in benchmarks/results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_train_step_compares_both_models_and_writes_its_table(tmp_path: Path) -> None:
+    output = tmp_path / "train_step.md"
+    arguments = ["--quick", "--threads", "1", "--positions", "200", "--output", str(output)]
+    command = [sys.executable, "benchmarks/train_step.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    for part in ("- command: `python benchmarks/train_step.py --quick", "- commit: ", "| ours float32 |", "### Peak memory"):
+        assert part in text
