@@ -42,9 +42,7 @@ class TransformerConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads={self.num_heads}")
         _require(self.head_dim % 2 == 0, "width / num_heads", self.head_dim, "an even head width (RoPE pairs lanes)")
-        _require(
-            self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}"
-        )
+        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
 
     @property
     def head_dim(self) -> int:
@@ -231,7 +229,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.data.seq_len <= self.model.max_seq_len, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len={self.model.max_seq_len}"
+            self.data.seq_len <= self.model.max_seq_len,
+            "data.seq_len",
+            self.data.seq_len,
+            f"at most model.max_seq_len={self.model.max_seq_len}",
         )
         _require(
             self.data.kind == "random" or self.codec.num_codebooks == self.model.num_codebooks,

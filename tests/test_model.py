@@ -11,8 +11,8 @@ from torch import Tensor
 
 from csm import CSM, ModelConfig
 from csm.frames import Batch, Rows, audio_rows, text_rows
-from csm.model.attention import attend, plan_packed_rows, positions_from_documents
 from csm.model import functions
+from csm.model.attention import attend, plan_packed_rows, positions_from_documents
 from csm.model.functions import cross_entropy, rms_norm, rotate, sum_and_look_up, swiglu
 from csm.model.transformer import KVCache
 

@@ -154,9 +154,7 @@ def _load_generator(arguments: argparse.Namespace) -> Generator:
     return Generator.from_pretrained(arguments.checkpoint, device, getattr(torch, arguments.dtype), watermark=arguments.watermark)
 
 
-def _request(
-    arguments: argparse.Namespace, generator: Generator, line: dict[str, Any], context: list[Turn], folder: Path
-) -> Request:
+def _request(arguments: argparse.Namespace, generator: Generator, line: dict[str, Any], context: list[Turn], folder: Path) -> Request:
     """One request: what the line says, else what the command line says."""
     from csm.generation.generator import Request
     from csm.generation.voices import load_voice

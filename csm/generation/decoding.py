@@ -210,9 +210,7 @@ class FrameDecoder:
             # One look from the host a frame, after all its work is queued.
             all_ended, fine = torch.stack((self.has_ended.all(), is_finite)).tolist()
             if not fine:
-                raise ValueError(
-                    f"the model's numbers are not finite at frame {frame_index}; use dtype float32, or another checkpoint"
-                )
+                raise ValueError(f"the model's numbers are not finite at frame {frame_index}; use dtype float32, or another checkpoint")
             if all_ended:
                 return
             yield frame

@@ -167,9 +167,7 @@ class Generator:
         Raises:
             ValueError: if the text or a context turn cannot be used, or they exceed the window.
         """
-        chunks = self.stream(
-            text, speaker, context, max_duration_s=max_duration_s, temperature=temperature, top_k=top_k, seed=seed
-        )
+        chunks = self.stream(text, speaker, context, max_duration_s=max_duration_s, temperature=temperature, top_k=top_k, seed=seed)
         return torch.cat([torch.zeros(0), *chunks])
 
     def stream(
@@ -226,9 +224,7 @@ class Generator:
         """
         return [self.audio_from_codes(generated.codes) for generated in self.generate_codes_batch(requests)]
 
-    def generate_codes_batch(
-        self, requests: Sequence[Request | Mapping[str, Any]], *, max_batch_size: int = 32
-    ) -> list[GeneratedCodes]:
+    def generate_codes_batch(self, requests: Sequence[Request | Mapping[str, Any]], *, max_batch_size: int = 32) -> list[GeneratedCodes]:
         """The codes of several requests, decoded together where their sampling settings and longest durations agree."""
         checked = [_as_request(request, index) for index, request in enumerate(requests)]
         prompts = [self.prompts.build(r.text, r.speaker, r.context, r.max_frames) for r in checked]

@@ -16,6 +16,7 @@ import torch
 from csm import CSM, ModelConfig, csm_loss
 from csm.frames import Batch, Rows, audio_rows, text_rows
 from csm.loss import count_targets
+from csm.training.checkpoint import FolderCheckpointIO
 
 GOLDEN = Path(__file__).with_name("tiny_losses.json")
 NUM_STEPS = 20
@@ -81,6 +82,26 @@ def train(
     return losses
 
 
+def train_resumed(config: ModelConfig, amortization: float, folder: Path, *, stop_at: int = 9) -> list[float]:
+    """Two runs: one stops after `stop_at` steps and saves a checkpoint, another reads it into a new model and goes on."""
+    losses: list[float] = []
+    for steps in (range(stop_at), range(stop_at, NUM_STEPS)):
+        model = CSM(config, seed=steps.start)  # the second one's own weights are others
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
+        if steps.start:
+            saved = FolderCheckpointIO(model).load_checkpoint(folder)
+            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in saved["state_dict"].items()})
+            optimizer.load_state_dict(saved["optimizer_states"][0])
+            assert saved["step"] == steps.start
+        for step in steps:
+            losses.append(backward_packed(model, documents_of_step(config, step), step, amortization))
+            optimizer.step()
+            optimizer.zero_grad()
+        if not steps.start:
+            FolderCheckpointIO(model).save_checkpoint({"optimizer_states": [optimizer.state_dict()], "step": stop_at}, folder)
+    return losses
+
+
 def expected(name: str) -> list[float]:
     return json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
 
@@ -121,6 +142,13 @@ def test_activation_checkpointing_gives_the_golden_losses(tiny_model_config):
         model.activation_checkpointing = True
 
     assert_golden(train(tiny_model_config, 1 / 4, backward_packed, prepare=prepare), "amortized")
+
+
+@pytest.mark.parametrize(("name", "amortization"), [("full", 1.0), ("amortized", 1 / 4)])
+def test_resumed_run_gives_the_golden_losses_and_equals_an_uninterrupted_one(tiny_model_config, name, amortization, tmp_path):
+    losses = train_resumed(tiny_model_config, amortization, tmp_path / "step_000009")
+    assert_golden(losses, name)
+    assert losses == train(tiny_model_config, amortization, backward_packed)  # bit for bit: nothing is lost on disk
 
 
 def test_static_shapes_give_the_golden_losses(tiny_model_config):
