@@ -140,7 +140,7 @@ class Llama3Tokenizer(TextTokenizer):
 
 def _load_llama3(source: str | None) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
     """Encoding and decoding functions, from whichever form of the tokenizer can be had."""
-    path = _packaged_llama3() if source is None else Path(source)
+    path = packaged_llama3() if source is None else Path(source)
     if path is not None and path.is_dir() and (path / "tokenizer.model").is_file():
         path = path / "tokenizer.model"
     if path is not None and path.is_file() and path.name.endswith(".model"):
@@ -170,7 +170,7 @@ def _load_llama3(source: str | None) -> tuple[Callable[[str], list[int]], Callab
     )
 
 
-def _packaged_llama3() -> Path | None:
+def packaged_llama3() -> Path | None:
     """The tokenizer file inside the `llama-models` package, without importing the package; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, files
 

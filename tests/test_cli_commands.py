@@ -236,6 +236,53 @@ def test_exported_checkpoints_load_again(speaking_checkpoint, speaking_model, tm
     refused(capsys, ["export", str(speaking_checkpoint), str(target), "--layout", layout], "not an empty folder")
 
 
+def test_mimi_travels_from_transformers_through_ours_and_back(tmp_path, capsys):
+    """The codec and the weights are the same bytes, and transformers misses nothing."""
+    from conftest import tiny_config
+    from transformers import CsmForConditionalGeneration, MimiConfig, MimiModel
+
+    from csm import CSM
+    from csm.codec import codec_from_folder
+    from csm.model.pretrained import CodecWeights, load_codec_weights
+
+    settings = {
+        "num_filters": 4, "hidden_size": 32, "upsample_groups": 32, "vector_quantization_hidden_dimension": 16, "codebook_dim": 16,
+        "codebook_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    codec = MimiModel(MimiConfig(**settings)).state_dict()
+    model = CSM(tiny_config(num_codebooks=4))
+    model.save_pretrained(tmp_path / "first", layout="transformers", codec=CodecWeights({**settings, "model_type": "mimi"}, codec))
+    assert main(["export", str(tmp_path / "first"), str(tmp_path / "ours"), "--layout", "csm"]) == 0
+    assert codec_from_folder(tmp_path / "ours" / "codec").num_codebooks == 4
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "second"), "--layout", "transformers"]) == 0
+    assert "no Mimi" not in capsys.readouterr().out
+    carried = load_codec_weights(tmp_path / "second")
+    assert carried is not None and carried.tensors.keys() == codec.keys()
+    assert all(torch.equal(carried.tensors[name], tensor) for name, tensor in codec.items())
+    theirs, info = CsmForConditionalGeneration.from_pretrained(tmp_path / "second", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(theirs.depth_decoder.codebooks_head.weight, model.audio_head)
+
+
+def test_export_without_mimi_or_llama3_says_what_is_left_out(speaking_checkpoint, tmp_path, capsys):
+    assert main(["export", str(speaking_checkpoint), str(tmp_path / "out"), "--layout", "transformers"]) == 0
+    said = capsys.readouterr().out
+    assert "no Mimi" in said and "no Llama-3 tokenizer" in said
+
+
+def test_llama3_tokenizer_becomes_the_processor(tmp_path, monkeypatch):
+    from csm.cli.export import _llama3_files_of
+
+    monkeypatch.setattr("csm.text.packaged_llama3", lambda: tmp_path)
+    assert _llama3_files_of(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "words"}))
+    assert _llama3_files_of(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "llama3", "source": None}))
+    assert _llama3_files_of(tmp_path) == tmp_path
+
+
 @pytest.mark.parametrize("arguments", [[], ["generate"], ["nonsense"], ["export", "a", "b", "--layout", "other"], ["voices"]])
 def test_incomplete_command_lines_leave_with_status_2(arguments):
     with pytest.raises(SystemExit) as left:

@@ -125,7 +125,7 @@ class TestLlama3:
     def test_another_models_tokenizer_is_refused(self, tmp_path: Path) -> None:
         """Same number of pieces, other ids: only a known answer tells."""
         path = tmp_path / "tokenizer.model"
-        lines = Path(str(text._packaged_llama3())).read_bytes().splitlines()
+        lines = Path(str(text.packaged_llama3())).read_bytes().splitlines()
         pieces = [line.split()[0] for line in lines]
         path.write_bytes(b"".join(b"%s %d\n" % (piece, i) for i, piece in enumerate(pieces[:256] + pieces[:255:-1])))
         with pytest.raises(ValueError, match="Llama-3 as \\[9906, 1917\\]"):
@@ -160,7 +160,7 @@ def _write_transformers_form(folder: Path) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(
-        vocab_file=str(text._packaged_llama3()),
+        vocab_file=str(text.packaged_llama3()),
         pattern=text._LLAMA3_PATTERN,
         extra_special_tokens=list(LLAMA3_SPECIALS),
     )

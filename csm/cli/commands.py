@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csm.cli import generate, voices
-from csm.cli.generate import read_json
+from csm.cli import export, generate, voices
 from csm.cli.subcommand import add_command
 
 
@@ -47,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training, evaluation and data preparation have commands of their own: train.py, evaluate.py, python -m data_prep.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for declare in (generate.declare, _declare_watermark, _declare_export, voices.declare, _declare_plan):  # one line a command
+    for declare in (generate.declare, _declare_watermark, export.declare, voices.declare, _declare_plan):  # one line a command
         declare(commands)
     return parser
 
@@ -75,45 +73,6 @@ def _watermark(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(results, indent=1))
     return 0 if all(result["is_marked"] for result in results) else 1
-
-
-def _declare_export(commands: Any) -> None:
-    command = add_command(commands, "export", _export, "Write a checkpoint in another layout: ours, Sesame's or transformers'.")
-    command.add_argument("source", metavar="SRC", help="a run, a checkpoint folder in any layout, or a hub id")
-    command.add_argument("target", type=Path, metavar="DST", help="a folder that does not exist yet, or is empty")
-    command.add_argument("--layout", required=True, choices=("transformers", "sesame", "csm"))
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from csm.model.pretrained import load_model, resolve_checkpoint, save_model
-
-    source = resolve_checkpoint(arguments.source)
-    target = arguments.target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder; name a new one")
-    model = load_model(source, dtype=None)
-    save_model(model, target, layout=arguments.layout, codec=_mimi_inside(source) if arguments.layout == "transformers" else None)
-    if arguments.layout == "csm":  # the layouts of others have no place for them
-        if (source / "tokenizer.json").is_file():
-            shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
-        if (source / "codec").is_dir():
-            shutil.copytree(source / "codec", target / "codec")
-    print(f"{target}: {model.num_parameters:,} parameters in layout {arguments.layout}")
-    return 0
-
-
-def _mimi_inside(source: Path) -> Any:
-    """The Mimi to write into transformers' layout: the checkpoint's own; None where there is none."""
-    from csm.codec import codec_from_folder
-    from csm.model.pretrained import CodecWeights, load_codec_weights
-
-    inside = load_codec_weights(source)
-    if inside is not None or not (source / "codec" / "codec.json").is_file():
-        return inside
-    if read_json(source / "codec" / "codec.json").get("name") != "mimi":
-        return None
-    model = codec_from_folder(source / "codec").model  # type: ignore[attr-defined]
-    return CodecWeights(model.config.to_dict(), model.state_dict())
 
 
 def _declare_plan(commands: Any) -> None:
