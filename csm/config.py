@@ -104,12 +104,12 @@ class OptimConfig:
     warmup_steps: int = 50
     final_lr_ratio: float = 0.05  # of the peak, at the last step
     decay_share: float = 0.2  # of all steps, the last part of schedule=wsd
-    state_dtype: str = "float32"  # "bfloat16" halves AdamW's state; costs precision in the second moment
+    state_dtype: str = "weights"  # of AdamW's moments: as the weights, or "float32", or "bfloat16", which halves them at some precision
 
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("adamw", "adafactor", "muon", "sgd"))
         _one_of("optim.schedule", self.schedule, SCHEDULES)
-        _one_of("optim.state_dtype", self.state_dtype, ("float32", "bfloat16"))
+        _one_of("optim.state_dtype", self.state_dtype, ("weights", "float32", "bfloat16"))
         _require(self.lr > 0, "optim.lr", self.lr, "a positive rate")
         _require(len(self.betas) == 2, "optim.betas", self.betas, "two numbers")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
@@ -177,6 +177,7 @@ class TrainerConfig:
     checkpoint_every: int = 200  # optimizer steps; 0 is only at the end
     keep_checkpoints: int = 2  # newest kept besides `best`
     validate_every: int = 200  # optimizer steps; 0 is off
+    save_optimizer: bool = True  # false: checkpoints hold the weights only, a third of the bytes, and no run goes on from them
     log_every: int = 10  # optimizer steps
     sample_every: int = 0  # optimizer steps between spoken samples; 0 is off
     sample_texts: list[str] = field(default_factory=list)  # spoken by speakers 0, 1, ... in turn

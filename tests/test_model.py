@@ -359,6 +359,13 @@ def test_initial_weights_depend_on_the_seed_only(tiny_model_config):
     assert torch.equal(first.audio_head, again.audio_head) and not torch.equal(first.audio_head, other.audio_head)
 
 
+def test_weights_are_made_in_the_dtype_asked_for(tiny_model_config):
+    model = CSM(tiny_model_config, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+    assert model.audio_head.float().std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_maps_into_the_residual_stream_start_smaller_with_depth(tiny_model_config):
     config = replace(tiny_model_config, backbone=replace(tiny_model_config.backbone, num_layers=8, width=128, ffn_width=256))
     layer = CSM(config).backbone.layers[3]

@@ -74,6 +74,38 @@ def test_missing_shard_folder_is_one_line_and_status_1(run_main: Callable) -> No
     assert not Path("out").exists()
 
 
+def test_csm_1b_without_data_or_tokenizer_says_which_command_is_next(
+    run_main: Callable, write_conversations: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csm.text.packaged_llama3", lambda: None)
+    asked = ("model=csm_1b", "data=shards", "data.path=data", "run_dir=out")
+    status, _, err = run_main(*asked)  # neither is there: the data are told first
+    assert status == 1
+    line = _one_line(err)
+    assert "data/train: no such folder" in line and "python -m data_prep" in line and "data=random" in line
+    for split in ("train", "validation"):
+        write_conversations(Path("data") / split, [[(0, "one two", 5)]], num_codebooks=32)
+    status, _, err = run_main(*asked)
+    assert status == 1
+    line = _one_line(err)
+    assert "no Llama-3 tokenizer" in line and "pip install llama-models" in line and "text.source=" in line
+    assert not Path("out").exists()
+
+
+def test_weights_only_checkpoints_load_and_cannot_be_resumed(run_main: Callable) -> None:
+    from csm import CSM
+
+    tiny = (*TINY, "run_dir=out", "trainer.validate_every=0", "trainer.save_optimizer=false", "trainer.precision=bf16-true")
+    assert run_main(*tiny)[0] == 0
+    model = CSM.from_pretrained(Path("out"), dtype=None)
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+    folder = Path("out/checkpoints/step_000002")
+    assert (folder / "optimizer.safetensors").stat().st_size < 1000 < (folder / "model.safetensors").stat().st_size
+    status, _, err = run_main(*tiny, "resume=auto", "trainer.max_steps=3")
+    assert status == 1
+    assert "no optimizer state" in _one_line(err) and "start a new one" in err
+
+
 def test_wrong_codec_is_one_line_and_status_1(run_main: Callable, write_conversations: Callable, word_tokenizer: WordTokenizer) -> None:
     for split in ("train", "validation"):
         write_conversations(Path("data") / split, [[(0, "one two", 5)]], num_codebooks=8)

@@ -78,6 +78,14 @@ def test_moments_have_the_dtype_asked_for_and_survive_a_reload(weights: torch.dt
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_follow_the_weights_unless_told(dtype: torch.dtype, tiny_model_config: ModelConfig) -> None:
+    model = CSM(tiny_model_config, dtype=dtype)
+    (optimizer,) = build_optimizers(model, OptimConfig())
+    _quadratic_steps([optimizer], list(model.parameters()), 1)
+    assert {state["exp_avg_sq"].dtype for state in optimizer.state.values()} == {dtype}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rate_warms_up_peaks_once_and_ends_where_it_should(schedule: str) -> None:
     config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=10, final_lr_ratio=0.1, decay_share=0.25)

@@ -122,12 +122,13 @@ def build_missing_demo_data(config: TrainConfig) -> None:
 
 def load_run_tokenizer(config: TrainConfig) -> TextTokenizer | None:
     """The tokenizer of `text`; None for made-up rows, which have ids already."""
-    from csm.data.shards import split_folders
+    from csm.data.shards import check_split_folder, split_folders
     from csm.text import load_tokenizer
 
     if config.data.kind == "random":
         return None
-    split_folders(config.data.path, config.data.train_split)  # a missing data folder is told before a missing tokenizer
+    for folder in split_folders(config.data.path, config.data.train_split):
+        check_split_folder(folder)  # a missing data folder is told before a missing tokenizer
     source = config.text.source
     if source is None and config.text.tokenizer == "words":
         source = config.data.path
@@ -163,14 +164,13 @@ def build_model(config: TrainConfig) -> CSM:
 
     from csm.model.csm import CSM
 
-    model = CSM(config.model, seed=config.seed)
+    # Made in its dtype at once: a float32 copy of csm_1b is 6 GB.
+    model = CSM(config.model, seed=config.seed, dtype=torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32)
     if config.model.warm_start is not None:
         from csm.model.pretrained import load_llama_backbone
 
         load_llama_backbone(model, config.model.warm_start)
     model.activation_checkpointing = config.trainer.activation_checkpointing
-    if config.trainer.precision == "bf16-true":
-        model = model.to(torch.bfloat16)
     if config.trainer.compile:
         model.compile()
     return model

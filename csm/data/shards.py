@@ -335,16 +335,24 @@ def split_folders(path: Path | str, split: str) -> list[Path]:
 
 
 def _prep_advice(data: Path) -> str:
-    return f"make the demo corpus with `python -m data_prep prep=demo output={data}`, or point data.path at prepared shards"
+    return (
+        f"point data.path at prepared shards, make the demo corpus with `python -m data_prep prep=demo output={data}` (model=demo), or "
+        "try a model on made-up rows with data=random"
+    )
 
 
 def _index_advice(folder: Path) -> str:
     return f"write the index again with `python -m data_prep stages=[index] output={folder.parent}`"
 
 
-def _read_index(folder: Path) -> dict:
+def check_split_folder(folder: Path) -> None:
+    """Refuse a split's folder that is not there, and say what to do."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected shards and {INDEX_NAME}; {_prep_advice(folder.parent)}")
+
+
+def _read_index(folder: Path) -> dict:
+    check_split_folder(folder)
     path = folder / INDEX_NAME
     if not path.is_file():
         if any(folder.glob("*.tar")):

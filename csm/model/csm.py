@@ -7,6 +7,8 @@ sampling `csm.generation`'s, files `csm.model.pretrained`'s. Parameter names are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,25 +45,37 @@ class CSMOutput:
     depth_logits: Tensor | None
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class CSM(nn.Module):
     """The model.
 
     Args:
         config: its shapes.
         seed: of the initial weights; the global random state is neither read nor moved.
+        dtype: of the weights, which are made in it; another dtype draws other weights. None is torch's default.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         width, depth_width = config.backbone.width, config.depth_decoder.width
-        self.backbone = Transformer(config.backbone, config.max_seq_len)
-        self.decoder = Transformer(config.depth_decoder, config.num_codebooks)
-        self.text_embeddings = Embedding(config.text_vocab_size, width)
-        self.audio_embeddings = Embedding(config.num_codebooks * config.audio_vocab_size, width)
-        self.projection = Linear(width, depth_width)
-        self.codebook0_head = Linear(width, config.audio_vocab_size)
-        self.audio_head = nn.Parameter(torch.empty(config.num_codebooks - 1, depth_width, config.audio_vocab_size))
+        with _default_dtype(dtype):
+            self.backbone = Transformer(config.backbone, config.max_seq_len)
+            self.decoder = Transformer(config.depth_decoder, config.num_codebooks)
+            self.text_embeddings = Embedding(config.text_vocab_size, width)
+            self.audio_embeddings = Embedding(config.num_codebooks * config.audio_vocab_size, width)
+            self.projection = Linear(width, depth_width)
+            self.codebook0_head = Linear(width, config.audio_vocab_size)
+            self.audio_head = nn.Parameter(torch.empty(config.num_codebooks - 1, depth_width, config.audio_vocab_size))
         # Not a buffer: it is no state, and `.to(dtype)` must leave it alone.
         self._code_offsets = torch.arange(config.num_codebooks, device="cpu") * config.audio_vocab_size
         self.reset_parameters(seed)

@@ -148,6 +148,8 @@ class CSMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Lightning's own counters are left out: each fit is one epoch of the steps that remain, and `step` is the truth.
         checkpoint.pop("loops", None)
+        if not self.config.trainer.save_optimizer:
+            checkpoint["optimizer_states"] = []
         checkpoint["global_step"] = self.step
         checkpoint["csm"] = {
             "step": self.step,
@@ -157,6 +159,10 @@ class CSMModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not checkpoint["optimizer_states"]:
+            raise ValueError(
+                "this checkpoint has no optimizer state (trainer.save_optimizer=false), so no run can go on from it; start a new one"
+            )
         state = checkpoint["csm"]
         self.step, self.num_frames_heard, self.num_skipped = state["step"], state["num_frames_heard"], state["num_skipped"]
         self.window = torch.tensor(state["window"], dtype=torch.float64)

@@ -90,7 +90,7 @@ def _split_for_muon(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tu
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
     dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
-    if dtypes == {_DTYPES[config.state_dtype]}:
+    if config.state_dtype == "weights" or dtypes == {_DTYPES[config.state_dtype]}:
         return torch.optim.AdamW(groups, fused=True, **settings)
     return StateDtypeAdamW(groups, state_dtype=_DTYPES[config.state_dtype], **settings)
 

@@ -161,7 +161,7 @@ def count_activations(config: PlanConfig, *, activation_checkpointing: bool, row
     def peak(num_layers: int) -> float:
         model_config = replace(config.model, backbone=replace(config.model.backbone, num_layers=num_layers))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _fake_model(model_config, torch.bfloat16 if config.precision == "bf16-true" else torch.float32)
+            model = CSM(model_config, dtype=torch.bfloat16 if config.precision == "bf16-true" else torch.float32)
             model.activation_checkpointing = activation_checkpointing
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -176,15 +176,6 @@ def count_activations(config: PlanConfig, *, activation_checkpointing: bool, row
 
     few, more = peak(2), peak(4)
     return few + (config.model.backbone.num_layers - 2) * (more - few) / 2
-
-
-def _fake_model(config: ModelConfig, dtype: torch.dtype) -> CSM:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return CSM(config)
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _step(model: CSM, rows: int, seq_len: int, amortization: float) -> None:
