@@ -19,7 +19,7 @@ import soundfile
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 800
-MAX_WER = 0.30  # greedy, held-out strings
+MAX_WER = 0.20  # greedy, held-out strings; 4.8% when written
 
 pytestmark = pytest.mark.slow
 
