@@ -64,13 +64,14 @@ TINY_MIMI = {  # the reference model holds a codec, which takes no part: as smal
     "codebook_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 32,
 }  # fmt: skip
-VARIANTS = {  # name: (whose, autocast to bfloat16, share of frames the depth decoder learns from)
-    "transformers float32": ("theirs", False, AMORTIZATION),
-    "ours float32": ("ours", False, AMORTIZATION),
-    "transformers bf16 autocast": ("theirs", True, AMORTIZATION),
-    "ours bf16 autocast": ("ours", True, AMORTIZATION),
-    "ours float32, depth on every frame": ("ours", False, 1.0),
-    "ours bf16 autocast, depth on every frame": ("ours", True, 1.0),
+VARIANTS = {  # name: (whose, precision, share of frames the depth decoder learns from)
+    "transformers float32": ("theirs", "float32", AMORTIZATION),
+    "ours float32": ("ours", "float32", AMORTIZATION),
+    "transformers bf16 autocast": ("theirs", "autocast", AMORTIZATION),
+    "ours bf16 autocast": ("ours", "autocast", AMORTIZATION),
+    "ours bf16 weights and moments": ("ours", "bfloat16", AMORTIZATION),
+    "ours float32, depth on every frame": ("ours", "float32", 1.0),
+    "ours bf16 autocast, depth on every frame": ("ours", "autocast", 1.0),
 }
 BASELINE = "transformers float32"
 
@@ -118,12 +119,17 @@ def their_loss(model: nn.Module, batch: Batch, step: int) -> Tensor:
     return model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
 
 
-def make_step(model: nn.Module, batch: Batch, *, is_ours: bool, autocast: bool, amortization: float) -> Callable[[int], float]:
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def make_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, is_ours: bool, precision: str, amortization: float
+) -> Callable[[int], float]:
     """One step of training; returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(index: int) -> float:
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
             loss = csm_loss(model, batch, amortization, step=index).loss if is_ours else their_loss(model, batch, index)
         loss.backward()
         optimizer.step()
@@ -161,18 +167,25 @@ def measure_speed(config: ModelConfig, num_positions: int, num_threads: int, num
     batch = made_up_batch(config, num_positions)
     ours = CSM(config)
     theirs = their_model(ours)
-    # The optimizers of one model's variants share its weights; a loss is compared before any of them has stepped.
     first = {whose: _first_loss(model, batch, whose == "ours") for whose, model in (("ours", ours), ("theirs", theirs))}
     assert abs(first["ours"] - first["theirs"]) < 1e-3, first
+    narrow = CSM(config, dtype=torch.bfloat16)
+    models = {name: (model, make_optimizer(model)) for name, model in (("ours", ours), ("theirs", theirs), ("bfloat16", narrow))}
     steps = {
-        name: make_step(ours if whose == "ours" else theirs, batch, is_ours=whose == "ours", autocast=autocast, amortization=share)
-        for name, (whose, autocast, share) in VARIANTS.items()
+        name: make_step(
+            *models["bfloat16" if precision == "bfloat16" else whose],
+            batch,
+            is_ours=whose == "ours",
+            precision=precision,
+            amortization=share,
+        )
+        for name, (whose, precision, share) in VARIANTS.items()
     }
     timings: dict[str, list[Timing]] = {name: [] for name in steps}
     peaks: dict[str, float] = {"float32": 0.0, "bf16": 0.0}
     for index in range(1 + num_rounds):
         for name, step in steps.items():
-            if share_of_depth(name) == 1.0 and index != 1:  # slow, and no close call: once
+            if share_of_depth(name) == 1.0 and index > 2:  # slow, and no close call: twice, warm
                 continue
             timing = _time(lambda step=step, index=index: step(index))
             if index:
@@ -189,19 +202,19 @@ def _first_loss(model: nn.Module, batch: Batch, is_ours: bool) -> float:
 
 def measure_memory(config: ModelConfig, name: str, num_positions: int) -> dict[str, float]:
     """Peak resident bytes of a step after the first, and what the states alone take. Meant for a process of its own."""
-    whose, autocast, share = VARIANTS[name]
+    whose, precision, share = VARIANTS[name]
     torch.set_num_threads(1)
     batch = made_up_batch(config, num_positions)
-    model: nn.Module = CSM(config)
+    model: nn.Module = CSM(config, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
     if whose == "theirs":
         model = their_model(model)  # type: ignore[arg-type]
-    step = make_step(model, batch, is_ours=whose == "ours", autocast=autocast, amortization=share)
+    step = make_step(model, make_optimizer(model), batch, is_ours=whose == "ours", precision=precision, amortization=share)
     step(0)  # the moments come to life, libraries load, pools open
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     step(1)
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return {"peak": peak, "states": sum(16.0 * p.numel() for p in model.parameters())}
+    return {"peak": peak, "states": sum(4.0 * p.element_size() * p.numel() for p in model.parameters())}
 
 
 def measure_memory_apart(name: str, num_positions: int, is_quick: bool) -> dict[str, float]:
@@ -228,15 +241,15 @@ def speed_table(config: ModelConfig, num_positions: int, num_threads: int, speed
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, timing in timings.items():
-        _, autocast, share = VARIANTS[name]
+        _, precision, share = VARIANTS[name]
         num_picked = max(1, round((num_positions - 6) * share))
         operations = flops.backbone * num_positions + flops.depth * num_picked
-        peak = peaks["bf16" if autocast else "float32"]
-        quick = min(timing.wall_s, timing.cpu_s)
-        lines.append(
-            f"| {name} | {timing.wall_s:.2f} | {timing.cpu_s:.2f} | {num_positions / timing.wall_s:,.0f} | "
-            f"{base.wall_s / timing.wall_s:.2f} | {base.cpu_s / timing.cpu_s:.2f} | {operations / quick / peak:.0%} | {operations / peak:.2f} |"
-        )
+        peak = peaks["float32" if precision == "float32" else "bf16"]
+        floor_s = operations / peak
+        columns = [f"{timing.wall_s:.2f}", f"{timing.cpu_s:.2f}", f"{num_positions / timing.wall_s:,.0f}"]
+        columns += [f"{base.wall_s / timing.wall_s:.2f}", f"{base.cpu_s / timing.cpu_s:.2f}"]
+        columns += [f"{floor_s / min(timing.wall_s, timing.cpu_s):.0%}", f"{floor_s:.2f}"]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
     for dtype in ("float32", "bf16 autocast"):
         full, few = timings[f"ours {dtype}, depth on every frame"], timings[f"ours {dtype}"]
         bound = (flops.backbone + flops.depth) / (flops.backbone + flops.depth * AMORTIZATION)
@@ -297,13 +310,14 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(measure_memory(config, arguments.memory_of, arguments.positions)))
         return
-    lines = [
-        f"Model: {config.name}: backbone {config.backbone.num_layers} x {config.backbone.width}, ffn {config.backbone.ffn_width}; depth "
-        f"decoder {config.depth_decoder.num_layers} x {config.depth_decoder.width}, ffn {config.depth_decoder.ffn_width}; K "
-        f"{config.num_codebooks}, V {config.audio_vocab_size}; one row of {arguments.positions} positions, depth on 1/16. A step is "
-        "forward, backward and fused AdamW. Ratios are to the first row; the floor is the operations at the matmul peak.",
-        "",
-    ]
+    backbone, depth = config.backbone, config.depth_decoder
+    about = (
+        f"Model: {config.name}: backbone {backbone.num_layers} x {backbone.width}, ffn {backbone.ffn_width}; depth decoder "
+        f"{depth.num_layers} x {depth.width}, ffn {depth.ffn_width}; K {config.num_codebooks}, V {config.audio_vocab_size}; one row of "
+        f"{arguments.positions} positions, depth on 1/16 of the frames unless said. A step is forward, backward and fused AdamW; the best "
+        f"of {num_rounds} rounds counts. Ratios are to the first row; the floor is the operations at the matmul peak."
+    )
+    lines = [about, ""]
     for num_threads in arguments.threads:
         lines += speed_table(config, arguments.positions, num_threads, measure_speed(config, arguments.positions, num_threads, num_rounds))
         print("\n".join(lines[-14:]), flush=True)
