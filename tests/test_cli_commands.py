@@ -238,12 +238,12 @@ def test_exported_checkpoints_load_again(speaking_checkpoint, speaking_model, tm
 
 def test_mimi_travels_from_transformers_through_ours_and_back(tmp_path, capsys):
     """The codec and the weights are the same bytes, and transformers misses nothing."""
-    from conftest import tiny_config
     from transformers import CsmForConditionalGeneration, MimiConfig, MimiModel
 
     from csm import CSM
     from csm.codec import codec_from_folder
     from csm.model.pretrained import CodecWeights, load_codec_weights
+    from tests.conftest import tiny_config
 
     settings = {
         "num_filters": 4, "hidden_size": 32, "upsample_groups": 32, "vector_quantization_hidden_dimension": 16, "codebook_dim": 16,

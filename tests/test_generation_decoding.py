@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_config
 
 from csm import CSM
 from csm.generation import DepthLoop, decode_frames, iterate_frames
 from csm.generation.sampling import Sampler
+from tests.conftest import tiny_config
 
 
 def loud(config, seed: int = 1) -> CSM:

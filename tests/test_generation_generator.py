@@ -81,9 +81,8 @@ def test_oldest_turns_are_dropped_whole_when_the_window_is_full(speaker, make_co
 
 
 def test_runaways_are_told_from_ended_speech(small_codec, word_tokenizer):
-    from conftest import tiny_config
-
     from csm import CSM
+    from tests.conftest import tiny_config
 
     model = CSM(tiny_config(), seed=0)
     with torch.no_grad():

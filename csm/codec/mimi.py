@@ -25,7 +25,7 @@ from csm.frames import num_frames_from_samples, num_samples_from_frames
 
 DEFAULT_SOURCE = "kyutai/mimi"
 CSM_NUM_CODEBOOKS = 32
-MAX_BATCH_FRAMES = 750  # 60 s in one forward pass: memory grows with length (9.9 GB at 300 s, FACTS.md)
+MAX_BATCH_FRAMES = 750  # 60 s in one forward pass: memory grows with length (9.9 GB at 300 s, measured)
 HUB_TIMEOUT_S = 5
 _SETTINGS = (  # of MimiConfig, with the tensors, what codes depend on
     "sampling_rate", "frame_rate", "upsampling_ratios", "kernel_size", "residual_kernel_size", "dilation_growth_rate",

@@ -11,7 +11,7 @@ import numpy as np
 from csm.evaluation.acoustics import resample
 
 RATE_HZ = 16_000
-SILENCE_BEFORE_S, SILENCE_AFTER_S = 0.17, 0.33  # Whisper mishears clips that start at once; FACTS of the project, "ASR protocol"
+SILENCE_BEFORE_S, SILENCE_AFTER_S = 0.17, 0.33  # Whisper mishears clips that start at once
 
 
 def find_packaged_whisper() -> Path:

@@ -114,7 +114,7 @@ def assert_golden(losses: list[float], name: str) -> None:
 def _golden(update_golden: bool) -> None:
     if not update_golden:
         return
-    from conftest import tiny_config
+    from tests.conftest import tiny_config
 
     config = tiny_config()
     runs = {"full": train(config, 1.0, backward_packed), "amortized": train(config, 1 / 4, backward_packed)}

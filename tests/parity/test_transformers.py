@@ -32,7 +32,7 @@ def load_theirs(folder: Path):
 
 
 def run_theirs(model, batch: Batch):
-    """FACTS.md's reference call: summed embeddings and three-dimensional labels, no cache."""
+    """The reference call: summed embeddings and three-dimensional labels, no cache."""
     tokens, mask = batch.tokens, batch.mask
     offsets = torch.arange(tokens.shape[-1] - 1) * model.config.vocab_size
     table = model.backbone_model.embed_tokens.embed_audio_tokens
