@@ -292,6 +292,13 @@ def test_codes_outside_the_models_vocabulary_are_refused(data: DataConfig, tiny_
         _epochs(module)
 
 
+def test_random_validation_rows_are_not_those_of_training(tiny_model_config: ModelConfig):
+    data = CSMDataModule(DataConfig(kind="random", seq_len=100, rows_per_batch=1), tiny_model_config, seed=0)
+    data.setup()
+    seen, held_back = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
+    assert not torch.equal(seen.tokens, held_back.tokens)
+
+
 def test_random_rows_need_no_files_and_repeat(tiny_model_config: ModelConfig):
     config = DataConfig(kind="random", seq_len=100, rows_per_batch=3, path="/nowhere")
     first, again, other = (CSMDataModule(config, tiny_model_config, seed=seed) for seed in (0, 0, 1))

@@ -73,7 +73,7 @@ class CSMDataModule(LightningDataModule):
             return
         if self.data.kind == "random":
             self._train = RandomRows(self.data, self.model)
-            self._validation = RandomRows(self.data, self.model, NUM_RANDOM_VALIDATION_ROWS)
+            self._validation = RandomRows(self.data, self.model, NUM_RANDOM_VALIDATION_ROWS, is_validation=True)
             return
         copies = max(1, self.data.num_workers)
         train = ShardRows(self._open(self.data.train_split), self._tokenizer(), self.data, self.model, copies)

@@ -207,13 +207,17 @@ class RandomRows:
     """Made-up conversations of the model's shape: for benchmarks, and for a first look at a model without data.
 
     Text ids and codes are uniform and never 0; rows are full, each holds one or more documents, every turn ends in EOS.
+
+    Args:
+        is_validation: make other rows than training sees, whatever its seed.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, num_rows: int = ROWS_PER_RANDOM_EPOCH) -> None:
+    def __init__(self, data: DataConfig, model: ModelConfig, num_rows: int = ROWS_PER_RANDOM_EPOCH, *, is_validation: bool = False) -> None:
         if data.seq_len < 8:
             raise ValueError(f"data.seq_len={data.seq_len}: made-up rows need at least 8 positions")
         self.seq_len, self.num_codebooks, self.num_rows = data.seq_len, model.num_codebooks, num_rows
         self.bad = None
+        self.key = [1] if is_validation else []
         self.text_vocab_size, self.audio_vocab_size = model.text_vocab_size, model.audio_vocab_size
         self.fingerprint: dict[str, object] = {"index": "random", "seq_len": data.seq_len, "num_codebooks": model.num_codebooks}
 
@@ -224,7 +228,9 @@ class RandomRows:
         return Batch.from_documents([self._row(*row) for row in rows], self.seq_len, [f"random-{row[1]}-{row[2]}" for row in rows]), []
 
     def _row(self, seed: int, epoch: int, row_index: int) -> list[Rows]:
-        numbers = np.random.default_rng(np.random.Philox(np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, row_index])))
+        numbers = np.random.default_rng(
+            np.random.Philox(np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, row_index, *self.key]))
+        )
         documents = []
         left = self.seq_len
         while left:
