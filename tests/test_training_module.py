@@ -21,9 +21,12 @@ from csm.config import DataConfig, LoggerConfig, LossConfig, ModelConfig, OptimC
 from csm.data.datamodule import CSMDataModule
 from csm.loss import csm_loss
 from csm.model.csm import CSM
-from csm.training.callbacks import Checkpoints, Clock, Metrics, StopOnSignal, Validation
+from csm.training.callbacks import Clock, Validation
 from csm.training.checkpoint import FolderCheckpointIO
+from csm.training.metrics import Metrics
 from csm.training.module import MAX_CONSECUTIVE_SKIPS, CSMModule
+from csm.training.saving import Checkpoints
+from csm.training.signals import StopOnSignal
 from csm.training.steps import StepLoader
 from csm.training.trainer import build_trainer
 

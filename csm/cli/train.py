@@ -45,18 +45,24 @@ def train(config: TrainConfig) -> Path:
     from rich.console import Console
 
     from csm.data.datamodule import CSMDataModule
-    from csm.training import callbacks as cb
-    from csm.training import trainer as tr
+    from csm.training import run_folder
+    from csm.training.callbacks import Clock, DataPosition, Validation
     from csm.training.checkpoint import FolderCheckpointIO, checkpoint_step
+    from csm.training.loggers import build_loggers
+    from csm.training.metrics import Metrics
     from csm.training.module import CSMModule
     from csm.training.progress import ProgressLine
+    from csm.training.samples import SpokenSamples
+    from csm.training.saving import Checkpoints
+    from csm.training.signals import StopOnSignal
     from csm.training.steps import StepLoader
+    from csm.training.trainer import build_trainer, set_up_torch
 
     console = Console(quiet=not _is_first_process())
     say = _say_on(console)
-    tr.set_up_torch(config)
-    run_dir = tr.choose_run_dir(config)
-    resume_from = tr.find_resume_point(config, run_dir, say)
+    set_up_torch(config)
+    run_dir = run_folder.choose_run_dir(config)
+    resume_from = run_folder.find_resume_point(config, run_dir, say)
     if resume_from is not None and checkpoint_step(resume_from) >= config.trainer.max_steps:
         say(f"{run_dir} is already at step {checkpoint_step(resume_from)} of {config.trainer.max_steps}; raise trainer.max_steps to go on")
         return run_dir
@@ -72,19 +78,19 @@ def train(config: TrainConfig) -> Path:
 
     model = build_model(config)
     module = CSMModule(model, config)
-    clock = cb.Clock()
-    validation = cb.Validation(data.val_dataloader, config, clock)
-    metrics = cb.Metrics(run_dir, config, validation, clock, config.model.num_codebooks)
-    callbacks: list[Any] = [cb.DataPosition(data), validation, metrics]
+    clock = Clock()
+    validation = Validation(data.val_dataloader, config, clock)
+    metrics = Metrics(run_dir, config, validation, clock, config.model.num_codebooks)
+    callbacks: list[Any] = [DataPosition(data), validation, metrics]
     if config.trainer.sample_every:
-        callbacks.append(cb.SpokenSamples(run_dir, config, build_speaker(config, model, tokenizer, codec_folder), clock))
-    checkpoints = cb.Checkpoints(run_dir, config, validation, clock)
-    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), cb.StopOnSignal()]
-    trainer = tr.build_trainer(
+        callbacks.append(SpokenSamples(run_dir, config, build_speaker(config, model, tokenizer, codec_folder), clock))
+    checkpoints = Checkpoints(run_dir, config, validation, clock)
+    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), StopOnSignal()]
+    trainer = build_trainer(
         config.trainer,
         run_dir,
         callbacks=callbacks,
-        loggers=tr.build_loggers(config.logger, run_dir, config),
+        loggers=build_loggers(config.logger, run_dir, config),
         checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder),
     )
     data.trainer = trainer  # for its rank and the number of ranks
@@ -95,8 +101,8 @@ def train(config: TrainConfig) -> Path:
         num_steps=lambda: config.trainer.max_steps - module.step,
     )
     if trainer.is_global_zero:
-        tr.write_run_files(run_dir, config, {config.data.train_split: data.index_digest()}, say)
-        tr.publish_run_dir(run_dir)
+        run_folder.write_run_files(run_dir, config, {config.data.train_split: data.index_digest()}, say)
+        run_folder.publish_run_dir(run_dir)
     say(f"{'resuming ' + str(resume_from) if resume_from else 'run folder ' + str(run_dir)}  ({_in_words(config, model)})")
     trainer.fit(module, train_dataloaders=steps, ckpt_path=resume_from)
     data.teardown()

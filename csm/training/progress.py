@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from csm.config import TrainConfig
-from csm.training.callbacks import Clock, Metrics, Validation
+from csm.training.callbacks import Clock, Validation
+from csm.training.metrics import Metrics
 from csm.training.module import CSMModule
 
 
