@@ -71,5 +71,6 @@ def quiet_lightning() -> None:
         ".*GPU available but not used.*",
         ".*treespec, LeafSpec.*",
         ".*`log_every_n_steps`.*",
+        ".*`srun` command is available.*",  # a login node is a fine place for a small run
     ):
         warnings.filterwarnings("ignore", message=message)
