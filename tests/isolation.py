@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SECOND_ADDRESS = "192.0.2.77"
 _UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-_QUIET_LOOPBACK = {
+QUIET_LOOPBACK = {
     "MASTER_ADDR": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "OMP_NUM_THREADS": "1",  # two processes share the cores
@@ -33,7 +33,7 @@ _QUIET_LOOPBACK = {
 def why_not_isolated() -> str | None:
     """Why namespaces cannot be had here (root and unshare are needed), or None when they can."""
     try:
-        tried = subprocess.run(_inside(["true"]), capture_output=True, text=True, timeout=30)
+        tried = subprocess.run(inside(["true"]), capture_output=True, text=True, timeout=30)
     except OSError as error:
         return f"unshare cannot be run ({error})"
     return None if tried.returncode == 0 else f"no namespace of its own here ({tried.stderr.strip()[-200:]}); it takes root"
@@ -53,8 +53,8 @@ def run_isolated(
         import pytest  # here, for inside the namespace this file runs without packages
 
         pytest.skip(reason)
-    environment = {**os.environ, **_QUIET_LOOPBACK, **(env or {})}
-    command = _inside([os.fspath(argument) for argument in argv])
+    environment = {**os.environ, **QUIET_LOOPBACK, **(env or {})}
+    command = inside([os.fspath(argument) for argument in argv])
     with subprocess.Popen(
         command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -69,7 +69,8 @@ def run_isolated(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _inside(argv: Sequence[str]) -> list[str]:
+def inside(argv: Sequence[str]) -> list[str]:
+    """The command that runs `argv` inside, for tests that keep a namespace open and enter it again."""
     return [*_UNSHARE, sys.executable, "-I", "-S", __file__, *argv]
 
 
