@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from csm.frames import Batch
+from csm.frames import PADDING_DOCUMENT, Batch
 from csm.loss import count_targets
 
 
@@ -22,12 +22,15 @@ class Step:
     Attributes:
         num_c0_targets, num_depth_targets: what `csm_loss` will learn from in all of them.
         num_frames: audio frames, EOS rows not counted.
+        num_useful, num_positions: positions of the rows that are not padding, and all of them.
     """
 
     batches: list[Batch]
     num_c0_targets: int
     num_depth_targets: int
     num_frames: int
+    num_useful: int
+    num_positions: int
 
     def to(self, device: torch.device | str) -> Step:
         return replace(self, batches=[batch.to(device) for batch in self.batches])
@@ -62,6 +65,8 @@ class StepLoader:
                 num_c0_targets=sum(c0 for c0, _ in counts),
                 num_depth_targets=sum(depth for _, depth in counts),
                 num_frames=sum(batch.num_frames for batch in batches),
+                num_useful=sum(int((batch.document_ids != PADDING_DOCUMENT).sum()) for batch in batches),
+                num_positions=sum(batch.document_ids.numel() for batch in batches),
             )
 
     def _endless(self) -> Iterator[Batch]:
