@@ -159,6 +159,37 @@ class TextConfig:
         _one_of("text.tokenizer", self.tokenizer, ("words", "bytes", "llama3"))
 
 
+@dataclass
+class EmaConfig:
+    """A running average of the weights for validation, spoken samples and `model.safetensors`; 4 bytes a parameter more."""
+
+    decay: float = 0.0  # share of the old average that one optimizer step keeps; 0 is off, 0.999 averages some 1000 steps
+    every: int = 1  # optimizer steps between updates; the decay of an update is decay ** every, so the span stays
+    start: int = 0  # optimizer steps before the first; late starts leave out what the run has outgrown
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "ema.decay", self.decay, "a share in [0, 1)")
+        _require(self.every > 0, "ema.every", self.every, "a positive number")
+        _require(self.start >= 0, "ema.start", self.start, "0 or more")
+
+
+@dataclass
+class SpikeConfig:
+    """What makes a finite step stand out from those before it, and what is done about it."""
+
+    # A warning changes nothing; dropping data, as OLMo-core does by default, is left to those who ask for it.
+    action: str = "warn"  # names the batch and learns from it; "skip" drops the step and counts it; or "stop", "off"
+    loss_sigmas: float = 6.0  # standard deviations above the window's mean loss; 0 is off. Source: OLMo-core, SkipStepOptimizer
+    norm_ratio: float = 10.0  # times the window's median gradient norm (warm-up and noise move it severalfold); 0 is off
+    window: int = 128  # steps learnt from that count; nothing is judged before half of them. Source: as loss_sigmas
+
+    def __post_init__(self) -> None:
+        _one_of("spikes.action", self.action, ("off", "warn", "skip", "stop"))
+        _require(self.loss_sigmas >= 0, "spikes.loss_sigmas", self.loss_sigmas, "0 or more")
+        _require(self.norm_ratio == 0 or self.norm_ratio > 1, "spikes.norm_ratio", self.norm_ratio, "more than 1, or 0")
+        _require(self.window >= 4, "spikes.window", self.window, "4 or more")
+
+
 STRATEGIES = ("auto", "ddp")
 PRECISIONS = ("32", "bf16-mixed", "bf16-true")
 
@@ -176,6 +207,8 @@ class TrainerConfig:
     accumulate: int = 1  # micro-batches of one optimizer step
     checkpoint_every: int = 200  # optimizer steps; 0 is only at the end
     keep_checkpoints: int = 2  # newest kept besides `best`
+    keep_every: int = 0  # optimizer steps: the checkpoint of every such step is kept for good; 0 is off
+    async_checkpoint: bool = True  # copy in the step, write beside it; needs the checkpoint's size in host memory, else writes in the step
     validate_every: int = 200  # optimizer steps; 0 is off
     save_optimizer: bool = True  # false: checkpoints hold the weights only, a third of the bytes, and no run goes on from them
     log_every: int = 10  # optimizer steps
@@ -194,8 +227,10 @@ class TrainerConfig:
         _one_of("trainer.on_non_finite", self.on_non_finite, ("stop", "skip"))
         for name in ("devices", "num_nodes", "max_steps", "accumulate", "log_every"):
             _require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "a positive number")
-        for name in ("checkpoint_every", "validate_every", "sample_every", "num_threads"):
+        for name in ("checkpoint_every", "keep_every", "validate_every", "sample_every", "num_threads"):
             _require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        is_saved = self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0)
+        _require(is_saved, "trainer.keep_every", self.keep_every, f"a multiple of trainer.checkpoint_every={self.checkpoint_every}")
 
 
 @dataclass
@@ -225,10 +260,18 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            self.ema.decay == 0 or self.trainer.strategy in ("auto", "ddp"),
+            "ema.decay",
+            self.ema.decay,
+            f"0 with trainer.strategy={self.trainer.strategy}: the average needs whole weights on every rank (auto or ddp)",
+        )
         _require(
             self.data.seq_len <= self.model.max_seq_len,
             "data.seq_len",
@@ -275,20 +318,72 @@ class EvaluateConfig:
 
 
 @dataclass
+class IngestConfig:
+    """`prep=turns`: what a recording must be, and how loud it becomes."""
+
+    loudness_lufs: float = -23.0  # of a recording, or of each channel where channels are speakers; EBU R 128
+    peak_dbtp: float = -1.0  # true peak no recording is raised above: it stays quieter instead
+    max_clipping: float = 0.01  # share of samples at full scale; above it a recording is dropped
+    max_recording_min: float = 180.0  # longer ones are dropped: a recording is held in memory, 6 MB a minute and channel
+
+    def __post_init__(self) -> None:
+        _require(-70 < self.loudness_lufs < 0, "ingest.loudness_lufs", self.loudness_lufs, "a loudness between -70 and 0")
+        _require(self.peak_dbtp <= 0, "ingest.peak_dbtp", self.peak_dbtp, "0 or less")
+        _require(0 <= self.max_clipping <= 1, "ingest.max_clipping", self.max_clipping, "a share in [0, 1]")
+        _require(self.max_recording_min > 0, "ingest.max_recording_min", self.max_recording_min, "a positive number")
+
+
+@dataclass
+class EncodeConfig:
+    """`prep=turns`: how turns become samples."""
+
+    min_turn_s: float = 0.16  # two frames; shorter turns are dropped
+    max_turn_s: float = 60.0  # longer turns are dropped: a codec's memory grows with length (Mimi: 9.9 GB at 300 s)
+    max_positions: int = 1920  # of a sample: text ids, frames and EOS rows; a window of 2048 keeps room to answer
+    renumber_speakers: bool = True  # speakers of a sample become 0, 1, ... in the order they speak; false keeps the numbers given
+    keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
+    device: str = "cpu"  # of the codec
+
+    def __post_init__(self) -> None:
+        _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")
+        _require(self.max_positions > 0, "encode.max_positions", self.max_positions, "a positive number")
+
+
+@dataclass
 class PrepConfig:
     """`python -m data_prep`."""
 
-    name: str = "demo"  # "demo" synthesises the offline corpus; "index" writes the index of shards made elsewhere
+    name: str = "demo"  # "demo" synthesises the offline corpus, "turns" encodes recordings with known texts, "index" indexes shards
+    input: str | None = None  # turns: a folder of recordings, or a manifest.jsonl or metadata.csv that names them
     output: str = "data/demo"
     stages: list[str] = field(default_factory=list)  # empty runs all of the named preparation
     seed: int = 0
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    slice_index: int = 0  # turns: this process takes every slice_count-th unit, beginning with this one
+    slice_count: int = 1  # turns: processes or array tasks that share the work
+    unit_min: float = 30.0  # turns: minutes of audio in a unit, which is done as a whole or again
+    val_share: float = 0.05  # turns: of the audio; 0 makes no validation split
+    split_by: str = "auto"  # turns: "speaker" keeps a speaker's recordings in one split, "recording" does not; "auto" where it can
+    license: str | None = None  # turns: of recordings whose manifest names none
+    language: str | None = None  # turns: of recordings whose manifest names none
+    ingest: IngestConfig = field(default_factory=IngestConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)  # turns: spectral without a source is fitted on the recordings
+    text: TextConfig = field(default_factory=lambda: TextConfig(tokenizer="bytes"))  # turns: words without a source takes the words said
     num_train_strings: int = 3000  # demo: digit strings of length 1-5
     num_heldout_strings: int = 30  # demo: digit strings of length 3-5, spoken by every voice
     num_phases: int = 8  # demo: copies of a conversation, cut 10 ms apart, so that frames fall differently on the speech
 
     def __post_init__(self) -> None:
-        _one_of("prep.name", self.name, ("demo", "index"))
+        _one_of("prep.name", self.name, ("demo", "turns", "index"))
+        _one_of("split_by", self.split_by, ("auto", "speaker", "recording"))
+        _require(self.num_workers > 0, "num_workers", self.num_workers, "a positive number")
+        _require(self.slice_count > 0, "slice_count", self.slice_count, "a positive number")
+        _require(
+            0 <= self.slice_index < self.slice_count, "slice_index", self.slice_index, f"0 to {self.slice_count - 1} (slice_count - 1)"
+        )
+        _require(self.unit_min > 0, "unit_min", self.unit_min, "a positive number")
+        _require(0 <= self.val_share < 1, "val_share", self.val_share, "a share in [0, 1)")
         _require(1 <= self.num_phases <= 8, "num_phases", self.num_phases, "1 to 8 (a frame is eight hops of 10 ms)")
 
 
