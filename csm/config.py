@@ -214,7 +214,9 @@ class TrainerConfig:
     log_every: int = 10  # optimizer steps
     sample_every: int = 0  # optimizer steps between spoken samples; 0 is off
     sample_texts: list[str] = field(default_factory=list)  # spoken by speakers 0, 1, ... in turn
+    transcribe_samples: bool = False  # also write down what Whisper hears in them (faster-whisper, on the CPU)
     num_threads: int = 0  # of torch on CPU; 0 leaves torch's choice
+    peak_tflops: float | None = None  # of one device, for the share of it reached; None: by data sheet on a GPU, measured on a CPU
     compile: bool = False  # torch.compile of the loss
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     deterministic: bool = False  # same seed, same bytes: wall-clock values go to timings.csv and never to metrics.csv
@@ -229,6 +231,7 @@ class TrainerConfig:
             _require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "a positive number")
         for name in ("checkpoint_every", "keep_every", "validate_every", "sample_every", "num_threads"):
             _require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        _require(self.peak_tflops is None or self.peak_tflops > 0, "trainer.peak_tflops", self.peak_tflops, "a positive number, or null")
         is_saved = self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0)
         _require(is_saved, "trainer.keep_every", self.keep_every, f"a multiple of trainer.checkpoint_every={self.checkpoint_every}")
 
