@@ -64,7 +64,7 @@ class Validation(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
         self.metrics = {}
         if is_due(module.step, self._config.validate_every, self._config.max_steps):
-            with self._clock.pause():
+            with self._clock.pause(), module.weights_for_use():
                 self.metrics = self.latest = self._validate(trainer, module)
 
     def _validate(self, trainer: Trainer, module: CSMModule) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """The LightningModule: one optimizer step, and validation over every frame.
 
-Optimisation is manual, one `training_step` an optimizer step: micro-batches, clipping and the check for non-finite
-gradients are all here to read. Losses are divided by the target counts of the whole step (all ranks, all micro-batches),
-so that accumulation and ranks change neither the loss nor the gradient. What is logged, saved or spoken, and when, is in
-`callbacks`.
+Optimisation is manual, one `training_step` an optimizer step: micro-batches, clipping and the update are all here to
+read. Losses are divided by the target counts of the whole step (all ranks, all micro-batches), so that accumulation and
+ranks change neither the loss nor the gradient. Which steps are dropped is in `guards`, the average of the weights in `ema`,
+what is logged, saved or spoken, and when, in `callbacks`.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from csm.config import TrainConfig
 from csm.frames import Batch
 from csm.loss import csm_loss
 from csm.model.csm import CSM
+from csm.training.ema import WeightAverage, put_back_trained_weights
+from csm.training.guards import StepGuard, StepNumbers, describe_samples
 from csm.training.optim import build_optimizers, learning_rate
 from csm.training.steps import Step
-
-MAX_CONSECUTIVE_SKIPS = 5  # with trainer.on_non_finite=skip
 
 
 class CSMModule(LightningModule):
@@ -32,8 +32,10 @@ class CSMModule(LightningModule):
     Attributes:
         step: optimizer steps done; a skipped one counts, its data are gone.
         num_frames_heard: audio frames learnt from so far, all ranks.
-        num_skipped: steps dropped for non-finite gradients.
-        window: float64 [4], sums of loss, c0, depth, and steps since the last logged row (this rank's share).
+        guard: judges each step, and counts those it dropped.
+        average: of the weights; None when `ema.decay` is 0.
+        window: float64 [K + 6], sums over all ranks since the last logged row: loss, c0, depth, nats of each codebook, useful
+            positions, all positions; last the steps.
         grad_norm: of the last step, before clipping.
         should_stop: set by a signal; the ranks agree on it at the next step.
     """
@@ -45,11 +47,11 @@ class CSMModule(LightningModule):
         self.config = config
         self.step = 0
         self.num_frames_heard = 0
-        self.num_skipped = 0
-        self.window = torch.zeros(4, dtype=torch.float64)
+        self.guard = StepGuard(config.spikes, config.trainer.on_non_finite, self.print)
+        self.average = WeightAverage(model, config.ema) if config.ema.decay > 0 else None
+        self.window = torch.zeros(model.config.num_codebooks + 6, dtype=torch.float64)
         self.grad_norm = float("nan")
         self.should_stop = False
-        self._consecutive_skips = 0
         self._hyperparameters: list[list[dict[str, Any]]] = []
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -62,7 +64,8 @@ class CSMModule(LightningModule):
         for optimizer, groups in zip(self._optimizers(), self._hyperparameters, strict=True):
             for group, wanted in zip(optimizer.param_groups, groups, strict=True):
                 group.update(wanted)
-        self.window = self.window.to(self.device)
+        if self.average is not None:
+            self.average.to(self.device)
         self.train()  # Lightning leaves the mode as it finds it
 
     def transfer_batch_to_device(self, batch: Step | Batch, device: torch.device, dataloader_idx: int) -> Step | Batch:
@@ -73,50 +76,65 @@ class CSMModule(LightningModule):
         """Of the last step."""
         return learning_rate(self.config.optim, max(0, self.step - 1), self.config.trainer.max_steps)
 
+    @property
+    def num_skipped(self) -> int:
+        """Steps dropped so far."""
+        return self.guard.num_skipped
+
+    def weights_for_use(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights to validate, to speak with and to hand to users: the average where there is one."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """One optimizer step.
 
         Raises:
-            ValueError: when the gradient is not finite; names the samples.
+            ValueError: when the guard stops the run; names the samples.
         """
-        num_c0, num_depth, num_frames, stop = self._sum_over_ranks(
-            torch.tensor([batch.num_c0_targets, batch.num_depth_targets, batch.num_frames, int(self.should_stop)], device=self.device)
-        ).tolist()
+        counts = [batch.num_c0_targets, batch.num_depth_targets, batch.num_frames, int(self.should_stop)]
+        counts += [batch.num_useful, batch.num_positions]
+        if self.trainer.world_size > 1:
+            counts = self._sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
+        num_c0, num_depth, num_frames, stop, *num_positions = counts
         self.should_stop = stop > 0
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        parts: list[Tensor] = []  # of each micro-batch: loss, c0, depth, nats of each codebook
         for micro_batch, rows in enumerate(batch.batches):
             is_last = micro_batch == len(batch.batches) - 1
             with nullcontext() if is_last else self._without_sync():
                 losses = self._loss(rows, micro_batch, num_c0, num_depth)
                 self.manual_backward(losses.loss * self.trainer.world_size)  # DDP averages; the counts are global: sum
-            totals += torch.stack((losses.loss.detach(), losses.c0, losses.depth)).double()
+            parts.append(torch.cat((torch.stack((losses.loss.detach(), losses.c0, losses.depth)), losses.per_codebook)).double())
         optimizers = self._optimizers()
         norm = self._clip()
-        self.grad_norm = float(norm)  # the step's one wait for the device
-        is_finite = self.grad_norm < float("inf")
-        if is_finite:
+        totals = self._sum_over_ranks(torch.stack(parts).sum(dim=0))
+        *sums, self.grad_norm = torch.cat((totals, norm.double()[None])).tolist()  # the step's one wait for the device
+        numbers = StepNumbers(self.step + 1, sums[0], sums[1], sums[2], self.grad_norm)
+        if self.guard.lets_pass(numbers, lambda: self._name_samples(batch, parts)):
             rate = learning_rate(self.config.optim, self.step, self.config.trainer.max_steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-            self.window[:3] += totals
-            self.window[3] += 1
-            self._consecutive_skips = 0
+            self.window += torch.tensor([*sums, *num_positions, 1.0], dtype=torch.float64)
+            if self.average is not None:
+                self.average.update(self.step + 1)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.num_frames_heard += num_frames
-        if not is_finite:
-            self._answer_non_finite(batch, totals)
 
     def take_window(self) -> dict[str, float]:
-        """Mean loss, c0 and depth since the last call, over all ranks; empties the window. Every rank must call it."""
-        window = self.window.clone()
-        window[:3] = self._sum_over_ranks(window[:3])
+        """Mean losses and the share of useful positions since the last call; empties the window.
+
+        Codebooks 1..K-1 are those of the picked frames.
+        """
+        *sums, num_useful, num_positions, count = self.window.tolist()
         self.window.zero_()
-        loss, c0, depth, count = window.tolist()
-        return {"train/loss": loss / count, "train/c0": c0 / count, "train/depth": depth / count} if count else {}
+        if not count:
+            return {}
+        loss, c0, depth, *codebooks = (value / count for value in sums)
+        means = {"train/loss": loss, "train/c0": c0, "train/depth": depth, "useful_share": _ratio(num_useful, num_positions)}
+        return means | {f"train/codebook_{k:02d}": nats for k, nats in enumerate(codebooks)}
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
@@ -154,9 +172,11 @@ class CSMModule(LightningModule):
         checkpoint["csm"] = {
             "step": self.step,
             "num_frames_heard": self.num_frames_heard,
-            "num_skipped": self.num_skipped,
-            "window": self._sum_over_ranks(self.window[:3].clone()).tolist() + [self.window[3].item()],
+            "window": self.window.tolist(),
+            "guard": self.guard.state_dict(),
         }
+        if self.average is not None and self.config.trainer.save_optimizer:
+            checkpoint["csm"]["average"] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not checkpoint["optimizer_states"]:
@@ -164,10 +184,17 @@ class CSMModule(LightningModule):
                 "this checkpoint has no optimizer state (trainer.save_optimizer=false), so no run can go on from it; start a new one"
             )
         state = checkpoint["csm"]
-        self.step, self.num_frames_heard, self.num_skipped = state["step"], state["num_frames_heard"], state["num_skipped"]
-        self.window = torch.tensor(state["window"], dtype=torch.float64)
-        if self.trainer.global_rank != 0:
-            self.window[:3] = 0.0  # the saved sums are those of all ranks
+        self.step, self.num_frames_heard = state["step"], state["num_frames_heard"]
+        window = torch.tensor(state["window"], dtype=torch.float64)
+        if window.shape == self.window.shape:  # else of a version that measured less: the next row begins at this step
+            self.window = window
+        self.guard.load_state_dict(state["guard"])
+        if "average" in state:
+            averages = put_back_trained_weights(state["average"], checkpoint["state_dict"], prefix="model.")
+            if self.average is not None:
+                self.average.load_state_dict(state["average"], averages)
+            else:
+                self.print("ema.decay=0: this run goes on from the weights as trained and drops the checkpoint's average")
 
     def _loss(self, rows: Batch, micro_batch: int, num_c0_targets: int, num_depth_targets: int):
         config = self.config.loss
@@ -195,19 +222,18 @@ class CSMModule(LightningModule):
             return torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
         return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    def _answer_non_finite(self, step: Step, totals: Tensor) -> None:
-        loss, c0, depth = totals.tolist()
-        keys = step.keys
-        shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "not known"
-        found = f"step {self.step}: gradient norm {self.grad_norm} (loss {loss:.4g}, c0 {c0:.4g}, depth {depth:.4g}); samples: {shown}"
-        self.num_skipped += 1
-        self._consecutive_skips += 1
-        if self.config.trainer.on_non_finite == "skip" and self._consecutive_skips <= MAX_CONSECUTIVE_SKIPS:
-            self.print(f"skipped {found}")
-            return
-        repeated = f", {self._consecutive_skips} steps in a row" if self._consecutive_skips > 1 else ""
-        advice = "lower optim.lr, look at these samples, or resume with trainer.on_non_finite=skip"
-        raise ValueError(f"not finite{repeated}: {found}; {advice}")
+    def _name_samples(self, step: Step, parts: list[Tensor]) -> str:
+        """The samples to look at after a bad step, those of the worst micro-batch of all ranks; every rank must call it."""
+        losses = [float("inf") if loss != loss else loss for loss in torch.stack(parts)[:, 0].tolist()]
+        worst = max(range(len(losses)), key=losses.__getitem__)
+        place = f"rank {self.trainer.global_rank}, micro-batch {worst + 1} of {len(losses)}"
+        mine = (losses[worst], place, describe_samples(step.batches[worst].keys or []))
+        found = [mine]
+        if self.trainer.world_size > 1:
+            found = [mine] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, mine)
+        _, place, samples = max(found, key=lambda one: one[0])
+        return samples if len(found) == len(losses) == 1 else f"worst in {place}, {samples}"
 
     def _optimizers(self) -> list[Any]:
         optimizers = self.optimizers()

@@ -32,7 +32,7 @@ class SpokenSamples(Callback):
             return
         self._folder.mkdir(exist_ok=True)
         module.eval()
-        with self._clock.pause(), torch.no_grad():
+        with self._clock.pause(), torch.no_grad(), module.weights_for_use():
             for index, text in enumerate(settings.sample_texts):
                 path = self._folder / f"{checkpoint_name(module.step)}_speaker{index}.wav"
                 provenance = {"software": "csm-lab", "text": text, "speaker": index, "seed": self._config.seed, "step": module.step}
