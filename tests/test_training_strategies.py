@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from csm.model.weights import stream_tensors
 from tests.isolation import SECOND_ADDRESS, run_isolated
 
 # ---- the fixture itself
@@ -31,3 +35,14 @@ def test_isolated_command_that_takes_too_long_is_killed_with_its_children() -> N
     assert "started" in caught.value.stdout
     time.sleep(0.2)
     assert "987.654" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+# ---- tensors written one at a time
+
+
+def test_streamed_file_is_safetensors_own_byte_for_byte(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c.é": torch.arange(5), "e": torch.zeros(0, 3)}
+    tensors |= {"s": torch.tensor(2.5), "m": torch.tensor([True, False]), "i": torch.arange(3).short(), "h": torch.randn(2).half()}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    stream_tensors(tmp_path / "ours", {name: (tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()}, {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -36,7 +36,7 @@ from csm.model.layouts import (
     transformers_name,
 )
 from csm.model.processor import save_processor
-from csm.model.weights import INDEX_NAME, SINGLE_NAME, TensorFiles, read_json, write_json, write_tensors
+from csm.model.weights import INDEX_NAME, SINGLE_NAME, Source, TensorFiles, read_json, write_json, write_tensors
 
 CONFIG_NAME = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -142,6 +142,7 @@ def save_model(
     codec: CodecWeights | None = None,
     tokenizer: str | Path | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    sources: Mapping[str, Source] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write weights and config in one of the layouts.
@@ -152,7 +153,9 @@ def save_model(
         codec: written inside the transformers layout; without it transformers starts a Mimi of its own.
         tokenizer: with the transformers layout, Llama-3's `tokenizer.model` or a transformers tokenizer's folder; then the
             processor's files are written too.
-        state_dict: used in place of the model's, for weights that were gathered from several processes.
+        state_dict: used in place of the model's.
+        sources: used in place of the model's, which may then be on the meta device: weights that are not in memory, fetched
+            and written one at a time.
         max_shard_bytes: above it the weights go to several files and an index.
     Raises:
         ValueError: for an unknown layout, a codec where the layout has no place for one, or tensors that are not the model's.
@@ -166,17 +169,20 @@ def save_model(
     folder = Path(folder)
     config = model.config
     own = model.state_dict()
-    tensors = own if state_dict is None else state_dict
-    _refuse_differences(folder, "the model being saved", _shapes(tensors), _shapes(own))
+    if sources is None:
+        sources = _sources(own if state_dict is None else state_dict)
+    _refuse_differences(folder, "the model being saved", {name: shape for name, (shape, _, _) in sources.items()}, _shapes(own))
     if tokenizer is not None:
         save_processor(folder, tokenizer, config.text_vocab_size)
-    sources = _transformers_sources(tensors, config, codec) if layout == "transformers" else _sources(tensors)
+    dtype = next(dtype for _, dtype, _ in sources.values())
+    if layout == "transformers":
+        sources = _transformers_sources(sources, config, codec)
     # One key of metadata only: safetensors writes several in a random order, and equal weights must give equal bytes.
     write_tensors(folder, sources, max_shard_bytes=None if layout == "sesame" else max_shard_bytes, metadata={"format": "pt"})
     if layout == "transformers":
         write_json(folder / "generation_config.json", generation_json(config))
         settings = transformers_json(config, codec.config if codec is not None else None)
-        write_json(folder / CONFIG_NAME, {**settings, "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")})
+        write_json(folder / CONFIG_NAME, {**settings, "dtype": str(dtype).removeprefix("torch.")})
     else:
         write_json(folder / CONFIG_NAME, csm_json(config) if layout == "csm" else sesame_json(config))
 
@@ -282,29 +288,28 @@ def _refuse_differences(folder: Path, whose: str, found: Mapping[str, tuple[int,
         raise ValueError(f"{folder}: tensors are not those of {whose}: {'; '.join(parts)}; use the checkpoint with its own config")
 
 
-_Sources = dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]]
-
-
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _sources(tensors: Mapping[str, Tensor]) -> _Sources:
+def _sources(tensors: Mapping[str, Tensor]) -> dict[str, Source]:
     return {name: (tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
 
 
-def _transformers_sources(tensors: Mapping[str, Tensor], config: ModelConfig, codec: CodecWeights | None) -> _Sources:
-    """transformers' tensors, permuted only when they are written, so that one shard at a time is in memory."""
-    sources: _Sources = {}
-    for name, tensor in tensors.items():
+def _transformers_sources(own: Mapping[str, Source], config: ModelConfig, codec: CodecWeights | None) -> dict[str, Source]:
+    """transformers' tensors, permuted only when they are written, so that one at a time is in memory."""
+    sources: dict[str, Source] = {}
+    for name, (shape, dtype, give) in own.items():
         heads = rotary_heads(name, config)
-        give = tensor.detach if heads is None else partial(halves_from_interleaved, tensor, heads)
-        sources[transformers_name(name)] = (tuple(tensor.shape), tensor.dtype, give)
-    table = tensors["audio_embeddings.weight"]
-    sources[TIED_TABLE] = (tuple(table.shape), table.dtype, table.clone)  # safetensors refuses one memory under two names
+        sources[transformers_name(name)] = (shape, dtype, give if heads is None else partial(_to_halves, give, heads))
+    sources[TIED_TABLE] = own["audio_embeddings.weight"]
     if codec is not None:
         sources |= {CODEC_PREFIX + name: source for name, source in _sources(codec.tensors).items()}
     return sources
+
+
+def _to_halves(give: Callable[[], Tensor], heads: int) -> Tensor:
+    return halves_from_interleaved(give(), heads)
 
 
 def _folder_from_hub(repository: str) -> Path:

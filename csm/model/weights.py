@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+# Where a tensor that is not in memory comes from: its shape, its dtype, and a function that gives it.
+Source = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
+_DTYPE_NAMES = {  # in safetensors' order, narrow ones first. Source: its format's README and `Dtype` in tensor.rs
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
 
 
 class TensorFiles:
@@ -77,9 +82,36 @@ def _weight_files(folder: Path, first_choice: str | None) -> list[Path]:
     raise FileNotFoundError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; expected a checkpoint folder")
 
 
+def stream_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file one tensor at a time: byte for byte safetensors' own `save_file`, without holding them all.
+
+    Raises:
+        ValueError: if a source gives another shape or dtype than it states.
+    """
+    # Wide dtypes first keep every tensor aligned; names in order make equal weights give equal bytes.
+    order = list(_DTYPE_NAMES)
+    names = sorted(sources, key=lambda name: (-order.index(sources[name][1]), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    stop = 0
+    for name in names:
+        shape, dtype, _ = sources[name]
+        start, stop = stop, stop + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            shape, dtype, give = sources[name]
+            tensor = give().detach().cpu().contiguous()
+            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                raise ValueError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, announced as {dtype} {list(shape)}")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
 def write_tensors(
     folder: Path,
-    sources: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]],
+    sources: Mapping[str, Source],
     *,
     max_shard_bytes: int | None,
     metadata: Mapping[str, str],
@@ -90,7 +122,7 @@ def write_tensors(
     folder is removed after that.
 
     Args:
-        sources: for each name its shape, dtype, and a function that gives it; called once, shard by shard.
+        sources: each called once, one after the other; no two are in memory together.
         max_shard_bytes: None writes one file whatever its size.
     """
     shards: list[list[str]] = [[]]
@@ -108,7 +140,7 @@ def write_tensors(
     for index, names in enumerate(shards):
         file_name = SINGLE_NAME if is_single else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         part = folder / (file_name + ".tmp")
-        save_file({name: sources[name][2]().detach().cpu().contiguous() for name in names}, part, metadata=dict(metadata))
+        stream_tensors(part, {name: sources[name] for name in names}, metadata)
         os.replace(part, folder / file_name)
         written.append(file_name)
     if not is_single:
