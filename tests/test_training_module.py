@@ -1,4 +1,4 @@
-"""One optimizer step: what it divides by, that splitting changes nothing, and that every option does what it says."""
+"""One optimizer step: what it divides by, that splitting changes nothing, and how a run of steps ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-from csm.cli.train import train
+from csm.cli.train import build_model, train
 from csm.config import DataConfig, LoggerConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from csm.data.datamodule import CSMDataModule
 from csm.loss import csm_loss
@@ -58,7 +58,7 @@ def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def fit(config: TrainConfig, *callbacks: Callback) -> CSMModule:
     """The core of a run without its folder's files, for tests that step in."""
-    model = CSM(config.model, seed=config.seed)
+    model = build_model(config)
     module = CSMModule(model, config)
     data = CSMDataModule(config.data, config.model, seed=config.seed, accumulate=config.trainer.accumulate)
     run_dir = Path(config.run_dir or "")
