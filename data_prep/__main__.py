@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from csm.config import PrepConfig
 
-ABOUT = "Prepare training data: synthesise the offline demo corpus, or write the index of shards made elsewhere."
+ABOUT = (
+    "Prepare training data: synthesise the offline demo corpus, turn recordings with known texts into shards, or write the index "
+    "of shards made elsewhere. Leaves with status 1 when something was dropped for a fault of its own; failures.jsonl names it."
+)
 EXAMPLES = (
     "-m data_prep prep=demo output=data/demo",
+    "-m data_prep prep=turns input=recordings output=data/mine   # a folder of recordings, a .txt beside each",
+    "-m data_prep prep=turns input=recordings output=data/mine slice_index=0 slice_count=8   # one of eight; then stages=[merge]",
     "-m data_prep prep=index output=data/mine   # data/mine/<split>/*.tar, data/mine/codec/codec.json",
 )
-STAGES = {"demo": ("synthesise",), "index": ("index",)}
+STAGES = {"demo": ("synthesise",), "turns": ("manifest", "encode", "merge"), "index": ("index",)}
 
 
 def prepare(config: PrepConfig) -> None:
     """Run the stages asked for, or all of the named preparation."""
-    known = tuple(stage for stages in STAGES.values() for stage in stages)
+    known = STAGES["turns"] if config.name == "turns" else (*STAGES["demo"], *STAGES["index"])
     unknown = [stage for stage in config.stages if stage not in known]
     if unknown:
-        raise ValueError(f"stages={config.stages}: no stage {unknown[0]!r}; there are: {', '.join(known)}")
+        raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
+    if config.name == "turns":
+        from data_prep.turns import prepare_turns
+
+        sys.exit(prepare_turns(config))
+    if config.input is not None:
+        raise ValueError(f"input={config.input}: prep={config.name} reads no recordings; add prep=turns")
     for stage in config.stages or STAGES[config.name]:
         if stage == "synthesise":
             from data_prep.demo import build_demo

@@ -1,0 +1,271 @@
+"""Units of work: each is done whole, once, by whoever; a killed run goes on where it was.
+
+`run_unit` depends on the unit's recordings and the job's settings alone. It writes into `<unit>.tmp`, renames that when it is
+whole and synced, and writes `done/<unit>.json` last. A unit counts as done when that file names the same settings and inputs,
+and the bytes it names are there. So the shards are the same whatever the number of workers, slices and kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csm.codec import Codec, codec_from_folder
+from csm.config import EncodeConfig, IngestConfig
+from csm.text import tokenizer_from_folder
+from data_prep.encode import Conversation, cut_turns, encode_all, samples_of
+from data_prep.failures import Failure, Rejected
+from data_prep.ingest import ingest
+from data_prep.manifest import Recording, file_digest, read_manifest
+from data_prep.planning import Unit
+from data_prep.shard import Sample, write_atomic, write_split
+
+UNIT_VERSION = 1  # raise when the same settings would give other bytes
+MAX_LOST_WORKERS = 3  # of one run; a fourth says that the machine, or a unit, kills them
+
+
+@dataclass
+class Job:
+    """What every unit needs, as plain values: workers get it by pickle.
+
+    Attributes:
+        root: of the recordings.
+        output: the data folder; its codec/ and tokenizer.json are those to encode with.
+        license, language: of recordings whose manifest names none.
+    """
+
+    root: Path
+    output: Path
+    codec_digest: str
+    ingest: IngestConfig
+    encode: EncodeConfig
+    license: str | None = None
+    language: str | None = None
+
+    @property
+    def work(self) -> Path:
+        return self.output / "prep"
+
+    @property
+    def manifest(self) -> Path:
+        return self.work / "manifest.jsonl"
+
+    def config_digest(self) -> str:
+        """sha256 of what a unit's bytes depend on besides its recordings. The device is left out: it is no choice of data."""
+        encode = {key: value for key, value in asdict(self.encode).items() if key != "device"}
+        told = [UNIT_VERSION, self.codec_digest, asdict(self.ingest), encode, self.license, self.language]
+        told.append(tokenizer_from_folder(self.output).settings())
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
+    """Do one unit and return what its `done/<unit>.json` says.
+
+    Raises:
+        ValueError: if the manifest is not the one the unit was planned on.
+    """
+    folder = job.work / "units" / unit.name
+    done = job.work / "done" / f"{unit.name}.json"
+    part = folder.with_name(unit.name + ".tmp")
+    for stale in (part, folder):
+        if stale.exists():
+            shutil.rmtree(stale)
+    done.unlink(missing_ok=True)
+    for parent in (folder.parent, done.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    codec = _codec(str(job.output / "codec"), job.codec_digest, job.encode.device)
+    tokenizer = tokenizer_from_folder(job.output)
+    failures: list[Failure] = []
+    keys: list[str] = []
+    counts = {"num_turns": 0, "num_frames": 0, "speech_s": 0.0}
+
+    def samples() -> Iterator[Sample]:
+        for conversation in encode_all(_conversations(unit, job, failures), codec):
+            for piece in samples_of(conversation, tokenizer, job.encode):
+                if isinstance(piece, Failure):
+                    failures.append(piece)
+                    continue
+                keys.append(piece.key)
+                counts["num_turns"] += len(piece.meta["turns"])
+                counts["num_frames"] += piece.codes.shape[1]
+                counts["speech_s"] += sum(turn["end_s"] - turn["start_s"] for turn in piece.meta["turns"])
+                yield piece
+
+    index = write_split(samples(), part, codec.index_entry())
+    sync_folder(part)
+    os.replace(part, folder)
+    sync_folder(folder.parent)
+    record = {
+        "unit": unit.name,
+        "split": unit.split,
+        "config_digest": job.config_digest(),
+        "input_digest": unit.digest,
+        "shards": index["shards"],
+        "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
+        "keys": keys,
+        "counts": {**counts, "speech_s": round(counts["speech_s"], 3)},
+        "failures": [failure.row() for failure in sorted(failures)],
+    }
+    write_atomic(done, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+    return record
+
+
+def _conversations(unit: Unit, job: Job, failures: list[Failure]) -> Iterator[Conversation]:
+    for recording in unit_recordings(unit, job.manifest):
+        recording.license = recording.license or job.license
+        recording.language = recording.language or job.language
+        path = job.root / recording.source
+        try:
+            if file_digest(path) != recording.digest:
+                raise Rejected("changed", "the file is not the one the manifest was made of; run stages=[manifest] again")
+            ingested = ingest(path, job.ingest, by_channel=any(turn.channel is not None for turn in recording.turns))
+            conversation = cut_turns(recording, ingested, job.encode)
+        except Rejected as error:
+            failures.append(Failure.of(recording.source, "ingest", error, duration_s=recording.duration_s))
+            continue
+        yield conversation
+
+
+def unit_recordings(unit: Unit, manifest: Path) -> Iterator[Recording]:
+    """The manifest lines of a unit.
+
+    Raises:
+        ValueError: if they are not those it was planned on.
+    """
+    with manifest.open("rb") as stream:
+        stream.seek(unit.first_byte)
+        lines = stream.read(unit.last_byte - unit.first_byte)
+    if hashlib.sha256(lines).hexdigest() != unit.digest:
+        raise ValueError(f"{manifest}: not the manifest that unit {unit.name} was planned on; run stages=[manifest] again")
+    return read_manifest(lines.decode().split("\n")[:-1], f"{manifest}, unit {unit.name}")  # a name may hold other line ends
+
+
+def read_done(unit: Unit, job: Job, config_digest: str) -> dict[str, Any] | None:
+    """What a finished unit says; None when it has to be done (again)."""
+    try:
+        record = json.loads((job.work / "done" / f"{unit.name}.json").read_text(encoding="utf-8"))
+        is_same = record["config_digest"] == config_digest and record["input_digest"] == unit.digest
+        folder = job.work / "units" / unit.name
+        for name, (num_bytes, digest) in record["files"].items() if is_same else ():
+            path = folder / name
+            if path.stat().st_size != num_bytes or _sha256(path) != digest:
+                return None
+        return record if is_same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def units_of_slice(units: Sequence[Unit], slice_index: int, slice_count: int) -> list[Unit]:
+    """Every `slice_count`-th unit: long and short ones spread over the slices."""
+    return list(units[slice_index::slice_count])
+
+
+def run_units(units: Sequence[Unit], job: Job, num_workers: int, on_done: Callable[[Unit, dict[str, Any] | Exception], None]) -> None:
+    """Run units in this process, or in `num_workers` of them; `on_done` hears of each as it ends, with its record or its error.
+
+    A worker that dies (out of memory, killed) is replaced, and its unit is done again.
+
+    Raises:
+        ValueError: when workers keep dying.
+    """
+    if num_workers == 1 or len(units) <= 1:
+        for unit in units:
+            try:
+                outcome: dict[str, Any] | Exception = run_unit(unit, job)
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                outcome = error
+            on_done(unit, outcome)
+        return
+    left = {unit.name: unit for unit in units}
+    num_lost = 0
+    while left:
+        try:
+            _run_in_pool(left, job, min(num_workers, len(left)), on_done)
+        except BrokenProcessPool as error:
+            num_lost += 1
+            if num_lost > MAX_LOST_WORKERS:
+                raise ValueError(
+                    f"{num_lost} workers died, the last with {len(left)} units left; if memory ran out use fewer num_workers"
+                ) from error
+
+
+def _run_in_pool(left: dict[str, Unit], job: Job, num_workers: int, on_done: Callable[[Unit, dict[str, Any] | Exception], None]) -> None:
+    # spawn: a forked child would inherit torch's thread pool, and hang.
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        running: dict[Future[dict[str, Any]], Unit] = {}
+        queue = iter(list(left.values()))
+        try:
+            while True:
+                while len(running) < 2 * num_workers and (unit := next(queue, None)) is not None:
+                    running[pool.submit(run_unit, unit, job)] = unit
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    unit = running.pop(future)
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise error
+                    del left[unit.name]
+                    on_done(unit, error if isinstance(error, Exception) else future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def locked(path: Path, *, what: str, is_waiting: bool = False) -> Iterator[None]:
+    """Hold a lock file, so that two processes never do the same work; a killed process lets go of it.
+
+    Raises:
+        FileExistsError: if another process holds it and `is_waiting` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise FileExistsError(f"{what} is being done by another process; wait for it") from error
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+@lru_cache(maxsize=1)
+def _codec(folder: str, digest: str, device: str) -> Codec:
+    """The codec that units are encoded with, loaded once a process; the digest is checked."""
+    codec = codec_from_folder(Path(folder), device)
+    if codec.digest != digest:
+        raise ValueError(f"{folder} holds another codec than the one this preparation began with; run stages=[manifest] again")
+    return codec
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,251 @@
+"""Input forms of `prep=turns`: which recordings there are, who says what in them.
+
+Three forms: a folder of recordings with a text of the same name beside each; a folder with `metadata.csv` (LJSpeech); a
+`manifest.jsonl`. Each gives candidates, which `probe` turns into manifest lines by reading the files themselves.
+Nothing outside of the input folder is named by a path, though a link in it may lead outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.decode import SUFFIXES, read_header
+from data_prep.failures import Failure, Rejected
+from data_prep.manifest import ManifestTurn, Recording, check_object, check_turns, file_digest, normalised
+
+MANIFEST_NAME, METADATA_NAME = "manifest.jsonl", "metadata.csv"
+MAX_TEXT_BYTES = 2**20
+
+
+@dataclass
+class Candidate:
+    """A recording somebody named: its turns are known, its file has not been looked at."""
+
+    source: str
+    turns: list[ManifestTurn]
+    license: str | None = None
+    language: str | None = None
+
+
+@dataclass
+class _InputLine:
+    """A line of a user's manifest.jsonl; `turns`, or the fields of its only turn, are allowed beside these."""
+
+    audio: str
+    license: str | None = None
+    language: str | None = None
+
+
+_TURN_KEYS = ("text", "speaker", "speaker_name", "channel", "start_s", "end_s")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Where recordings are read from. `table` is the manifest.jsonl or metadata.csv, or None for texts beside the audio."""
+
+    root: Path
+    table: Path | None
+
+    @classmethod
+    def find(cls, path: Path) -> Input:
+        """Tell which form `input=` has.
+
+        Raises:
+            FileNotFoundError: if there is nothing at the path.
+            ValueError: if it is a file that is no manifest.
+        """
+        if path.is_file():
+            if path.suffix not in (".jsonl", ".csv"):
+                raise ValueError(f"input={path}: a file must be a manifest (.jsonl) or a table (.csv); give the folder it lies in")
+            return cls(path.parent, path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"input={path}: nothing there; expected a folder of recordings, {MANIFEST_NAME} or {METADATA_NAME}")
+        for name in (MANIFEST_NAME, METADATA_NAME):
+            if (path / name).is_file():
+                return cls(path, path / name)
+        return cls(path, None)
+
+    def candidates(self) -> Iterator[Candidate | Failure]:
+        """Recordings in a fixed order; what cannot be one, as a failure."""
+        if self.table is None:
+            return _from_folder(self.root)
+        return _from_manifest(self.table) if self.table.suffix == ".jsonl" else _from_metadata(self.table)
+
+    def listing(self) -> Iterator[str]:
+        """A line a file that the candidates depend on: path, size, time of change. Equal listings, equal recordings."""
+        if self.table is not None:
+            status = self.table.stat()
+            yield f"{self.table.name}\t{status.st_size}\t{status.st_mtime_ns}"
+        for path in _walk(self.root):
+            if path.suffix.lower() in SUFFIXES or path.suffix == ".txt":
+                yield json.dumps([os.fsencode(path.relative_to(self.root)).hex(), *_size_and_time(path)])
+
+
+def probe(found: Candidate, root: Path) -> Recording | Failure:
+    """Read a candidate's bytes and header: a manifest line, or why not."""
+    path = root / found.source
+    duration_s = 0.0
+    try:
+        header = read_header(path)
+        duration_s = header.duration_s
+        for turn in found.turns:
+            if turn.channel is not None and turn.channel >= header.num_channels:
+                raise Rejected("schema", f"a turn is on channel {turn.channel}, the file has {header.num_channels} channels")
+        return Recording(
+            file_digest(path), found.source, path.stat().st_size, round(duration_s, 3), found.turns, found.license, found.language
+        )
+    except Rejected as error:
+        return Failure.of(found.source, "manifest", error, duration_s=duration_s)
+
+
+def _from_folder(root: Path) -> Iterator[Candidate | Failure]:
+    seen: dict[Path, str] = {}
+    for path in _walk(root):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        source = _source(path, root)
+        try:
+            _check_name(source)
+            stem = path.with_suffix("")
+            if stem in seen:
+                raise Rejected("same_name", f"{seen[stem]} has the same name, and so the same text")
+            seen[stem] = source
+            name = path.parent.name if path.parent != root else None
+            yield Candidate(source, [ManifestTurn(_text_beside(path), speaker_name=name)])
+        except Rejected as error:
+            yield Failure.of(source, "manifest", error)
+
+
+def _text_beside(path: Path) -> str:
+    beside = path.with_suffix(".txt")
+    try:
+        if not beside.is_file():
+            raise Rejected("no_text", f"no {beside.name} beside it")
+        if beside.stat().st_size > MAX_TEXT_BYTES:
+            raise Rejected("bad_text", f"{beside.name} has more than {MAX_TEXT_BYTES} bytes; is it a transcript?")
+        text = normalised(beside.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Rejected("bad_text", f"{beside.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise Rejected("unreadable", f"{beside.name}: {error.strerror or error}") from error
+    if not text:
+        raise Rejected("no_text", f"{beside.name} is empty")
+    return text
+
+
+def _from_metadata(table: Path) -> Iterator[Candidate | Failure]:
+    """LJSpeech's table: `id|text` or `id|text|text as read`, the recordings in `wavs/` or beside the table."""
+    root = table.parent
+    for number, line in _lines(table):
+        fields = line.split("|")
+        where = f"{table.name}:{number}"
+        try:
+            if len(fields) < 2:
+                raise Rejected("schema", f"{where} is {line[:60]!r}, expected id|text")
+            text = normalised(fields[2] if len(fields) > 2 and fields[2].strip() else fields[1])
+            if not text:
+                raise Rejected("no_text", f"{where} has no text")
+            yield Candidate(_recording_of(root, fields[0].strip(), where), [ManifestTurn(text)])
+        except Rejected as error:
+            yield Failure.of(where, "manifest", error)
+
+
+def _recording_of(root: Path, name: str, where: str) -> str:
+    if not name or not _is_inside(name):
+        raise Rejected("outside", f"{where}: id {name!r}, expected the name of a recording in wavs/")
+    for folder in ("wavs", ""):
+        for suffix in ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"):
+            source = f"{folder}/{name}{suffix}".lstrip("/")
+            if Path(source).suffix.lower() in SUFFIXES and (root / source).is_file():
+                return source
+    raise Rejected("missing", f"{where}: no recording {name!r} in wavs/ or beside {METADATA_NAME}")
+
+
+def _from_manifest(table: Path) -> Iterator[Candidate | Failure]:
+    for number, line in _lines(table):
+        where = f"{table.name}:{number}"
+        source = where
+        try:
+            try:
+                raw = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise Rejected("schema", f"{where} is not JSON ({error})") from error
+            values = check_object(raw, _InputLine, where, more=("turns", *_TURN_KEYS))
+            if not _is_inside(values["audio"]):
+                raise Rejected("outside", f"{where}: audio {values['audio']!r} leads out of the manifest's folder; link it into the folder")
+            source = os.path.normpath(values["audio"])
+            single = {key: values[key] for key in _TURN_KEYS if key in values}
+            if ("turns" in values) == bool(single):
+                raise Rejected("schema", f"{where} needs either turns, or the text of its only turn")
+            turns = check_turns(values["turns"] if "turns" in values else [single], where)
+            yield Candidate(source, turns, values.get("license"), values.get("language"))
+        except Rejected as error:
+            yield Failure.of(source, "manifest", error)
+
+
+def _lines(table: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that hold something.
+
+    Raises:
+        ValueError: if the table is not UTF-8.
+    """
+    with table.open(encoding="utf-8-sig", newline="\n") as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{table}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file below, in the order of names; a folder reached twice (a loop of links) is entered once."""
+    entered: set[tuple[int, int]] = set()
+
+    def visit(folder: Path) -> Iterator[Path]:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                return
+            entered.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except OSError:  # no permission: its files cannot be named, the folder is
+            yield folder
+            return
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                is_folder = False
+            if is_folder:
+                yield from visit(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+    return visit(root)
+
+
+def _source(path: Path, root: Path) -> str:
+    return os.fsencode(path.relative_to(root)).decode("utf-8", errors="backslashreplace")
+
+
+def _check_name(source: str) -> None:
+    if "\\x" in source or "\\udc" in source:
+        raise Rejected("bad_name", "its name is not UTF-8; rename it")
+
+
+def _is_inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (-1, -1)
+    return status.st_size, status.st_mtime_ns

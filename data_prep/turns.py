@@ -1,0 +1,222 @@
+"""`prep=turns`: recordings whose turns and texts are known become shards, in three stages that can run apart.
+
+`manifest` looks at every file and plans units, `encode` does the units (of one slice), `merge` makes splits of those that are
+done. Everything between stages lies in `<output>/prep`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from csm.config import PrepConfig
+from data_prep.engine import Job, locked, read_done, run_units, units_of_slice
+from data_prep.failures import Failure, Rejected
+from data_prep.inputs import Candidate, Input, probe
+from data_prep.manifest import Recording, manifest_line
+from data_prep.merge import merge, print_summary
+from data_prep.planning import TRAIN, VALIDATION, Unit, plan_units, split_recordings
+from data_prep.shard import write_atomic
+from data_prep.tools import prepare_codec, prepare_tokenizer
+
+STAGES = ("manifest", "encode", "merge")
+PLAN_VERSION = 1
+PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
+
+
+def prepare_turns(config: PrepConfig) -> int:
+    """Run the stages asked for; all three, or without the merge when this is one slice of several.
+
+    Returns:
+        0, or 1 when a recording or turn was dropped for a fault of its own, or a unit is not done.
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: for input that cannot be used.
+    """
+    if config.input is None:
+        raise ValueError("prep=turns needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
+    stages = config.stages or (STAGES if config.slice_count == 1 else STAGES[:-1])
+    torch.set_num_threads(1)  # codes must not depend on how many threads the machine has; num_workers are processes
+    console = Console(soft_wrap=True)
+    found = Input.find(Path(config.input))
+    output = Path(config.output)
+    _check_output(output, found.root)
+    status = 0
+    if "manifest" in stages:
+        with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):
+            _manifest_stage(config, found, output, console)
+    job, units = _planned(config, found, output)
+    if "encode" in stages:
+        status |= _encode_stage(config, job, units, console)
+    if "merge" in stages:
+        summary = merge(job, units)
+        print_summary(summary, output, console)
+        status |= int(summary["is_faulty"])
+    elif config.slice_count > 1:
+        console.print("when every slice is done: the same command with stages=[merge]", highlight=False, markup=False)
+    return status
+
+
+def _check_output(output: Path, root: Path) -> None:
+    """Refuse a folder that holds something else, and an input that lies in the output or around it."""
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "prep").is_dir())):
+        raise FileExistsError(f"output={output} holds something that is not a preparation (prep/ is missing); give another output=")
+    inner, outer = root.resolve(), output.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ValueError(f"output={output} and input={root} lie in one another; give an output= outside of the recordings")
+
+
+def _manifest_stage(config: PrepConfig, found: Input, output: Path, console: Console) -> None:
+    """Look at every file, choose splits, plan units; nothing to do when neither files nor settings changed."""
+    work = output / "prep"
+    wanted = _plan_settings(config, found)
+    plan = _read_plan(work / PLAN_NAME)
+    if plan is not None and plan["settings"] == wanted:
+        return
+    recordings, failures = _look_at(found, config.num_workers, console)
+    if not recordings:
+        reasons = sorted({failure.reason for failure in failures}) or ["no audio file"]
+        first = f"; the first: {failures[0].source}: {failures[0].detail}" if failures else ""
+        raise ValueError(f"input={config.input}: no usable recording ({', '.join(reasons)}){first}; the forms of input are in docs/data.md")
+    validation, picked_by = split_recordings(recordings, config.val_share, config.split_by, config.seed)
+    in_validation = {recording.digest for recording in validation}
+    training = [recording for recording in recordings if recording.digest not in in_validation]
+    ordered = [(TRAIN, recording) for recording in training] + [(VALIDATION, recording) for recording in validation]
+    lines = [(split, recording, manifest_line(recording)) for split, recording in ordered]
+    codec = prepare_codec(config, training, found.root, output, console)
+    tokenizer = prepare_tokenizer(config, recordings, output)
+    units = plan_units(lines, config.unit_min)
+    (work / PLAN_NAME).unlink(missing_ok=True)
+    write_atomic(work / "manifest.jsonl", "".join(line for _, _, line in lines).encode())
+    write_atomic(work / UNITS_NAME, _json_lines(unit.row() for unit in units))
+    write_atomic(work / MANIFEST_FAILURES_NAME, _json_lines(failure.row() for failure in sorted(failures)))
+    duration_s = round(sum(recording.duration_s for recording in recordings), 3)
+    done = {
+        "settings": wanted,
+        "codec": codec.index_entry(),
+        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "split_by": picked_by,
+        "num_recordings": len(recordings),
+        "duration_s": duration_s,
+        "num_units": len(units),
+    }
+    write_atomic(work / PLAN_NAME, (json.dumps(done, indent=1, ensure_ascii=False) + "\n").encode())
+    console.print(
+        f"{len(recordings)} recordings, {duration_s / 3600:.2f} h, in {len(units)} units; {len(failures)} dropped; validation by {picked_by}",
+        highlight=False,
+    )
+
+
+def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
+    """What the manifest and the units depend on."""
+    listing = hashlib.sha256()
+    for line in found.listing():
+        listing.update(line.encode() + b"\n")
+    return {
+        "plan_version": PLAN_VERSION,
+        "listing": listing.hexdigest(),
+        "seed": config.seed,
+        "unit_min": config.unit_min,
+        "val_share": config.val_share,
+        "split_by": config.split_by,
+        **_tool_settings(config),
+    }
+
+
+def _tool_settings(config: PrepConfig) -> dict[str, Any]:
+    return {"codec": asdict(config.codec), "text": asdict(config.text)}
+
+
+def _look_at(found: Input, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
+    """Digest and header of every candidate, duplicates dropped; in the order of the input."""
+    recordings: dict[str, Recording] = {}
+    failures: list[Failure] = []
+    columns = (TextColumn("look at files"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    entries = list(found.candidates())
+    with ThreadPoolExecutor(num_workers) as pool, Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(entries))
+        looked = pool.map(lambda entry: probe(entry, found.root) if isinstance(entry, Candidate) else entry, entries)
+        for outcome in looked:
+            progress.advance(task)
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            elif outcome.digest in recordings:
+                why = Rejected("duplicate", f"the same bytes as {recordings[outcome.digest].source}")
+                failures.append(Failure.of(outcome.source, "manifest", why, duration_s=outcome.duration_s))
+            else:
+                recordings[outcome.digest] = outcome
+    return list(recordings.values()), failures
+
+
+def _planned(config: PrepConfig, found: Input, output: Path) -> tuple[Job, list[Unit]]:
+    """The plan that the manifest stage left.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it was made for another codec or tokenizer.
+    """
+    plan = _read_plan(output / "prep" / PLAN_NAME)
+    if plan is None:
+        raise FileNotFoundError(f"{output / 'prep' / PLAN_NAME}: no plan there; run stages=[manifest] first")
+    for key, value in _tool_settings(config).items():
+        if plan["settings"][key] != value:
+            raise ValueError(f"{output} was planned with {key}={plan['settings'][key]}, this asks for {value}; run stages=[manifest] again")
+    job = Job(found.root, output, plan["codec"]["digest"], config.ingest, config.encode, config.license, config.language)
+    lines = (output / "prep" / UNITS_NAME).read_text(encoding="utf-8").splitlines()
+    return job, [Unit(**json.loads(line)) for line in lines]
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return plan if plan["settings"]["plan_version"] == PLAN_VERSION else None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a plan ({error!r}); delete it and run stages=[manifest] again") from error
+
+
+def _encode_stage(config: PrepConfig, job: Job, units: Sequence[Unit], console: Console) -> int:
+    """Do this slice's units that are not done. Returns 1 when one could not be."""
+    mine = units_of_slice(units, config.slice_index, config.slice_count)
+    errors: dict[str, Exception] = {}
+    lock = job.work / f"slice-{config.slice_index}-of-{config.slice_count}.lock"
+    columns = (
+        TextColumn("encode"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("units, {task.fields[done_h]:.2f} of {task.fields[total_h]:.2f} h"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with locked(lock, what=f"slice {config.slice_index} of {config.slice_count} of {job.output}"):
+        config_digest = job.config_digest()
+        todo = [unit for unit in mine if read_done(unit, job, config_digest) is None]
+        total_h = sum(unit.duration_s for unit in todo) / 3600
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=len(todo), done_h=0.0, total_h=total_h)
+
+            def on_done(unit: Unit, outcome: dict[str, Any] | Exception) -> None:
+                if isinstance(outcome, Exception):
+                    errors[unit.name] = outcome
+                progress.update(task, advance=1, done_h=progress.tasks[task].fields["done_h"] + unit.duration_s / 3600)
+
+            run_units(todo, job, config.num_workers, on_done)
+    part = f"slice {config.slice_index} of {config.slice_count}: " if config.slice_count > 1 else ""
+    console.print(f"{part}{len(mine)} units, {len(mine) - len(todo)} were done, {len(errors)} failed", highlight=False)
+    for name, error in sorted(errors.items()):
+        console.print(f"unit {name}: {escape(f'{type(error).__name__}: {error}')}", style="red", highlight=False)
+    return int(bool(errors))
+
+
+def _json_lines(rows: Any) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
