@@ -162,5 +162,5 @@ def test_wandb_writes_offline_and_asks_for_a_login_online(run_main: Callable, mo
     assert _one_line(err) == "error: logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv"
     assert not Path("online").exists()
     assert run_main(*TINY, "run_dir=offline", "logger=wandb", "logger.mode=offline", "trainer.validate_every=0")[0] == 0
-    assert list(Path("offline").glob("wandb/offline-run-*/run-demo-offline.wandb"))
+    assert list(Path("offline").glob("wandb/offline-run-*/run-demo-offline-*.wandb"))
     assert Path("offline/metrics.csv").is_file()

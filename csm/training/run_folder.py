@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import subprocess
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import yaml
 
 from csm.config import TrainConfig
 from csm.model.pretrained import resolve_checkpoint
+from csm.training import slurm
 from csm.training.checkpoint import Say, list_checkpoints, newest_valid_checkpoint
+from csm.training.stop_request import is_first_process
 
 RUN_DIR_VARIABLE = "CSM_RUN_DIR"  # tells the processes that Lightning starts which folder their parent chose
-_PACKAGES = ("torch", "lightning", "transformers", "safetensors", "numpy", "hydra-core", "wandb", "webdataset")
+_PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "safetensors", "numpy", "hydra-core", "wandb", "webdataset")
 
 
 def choose_run_dir(config: TrainConfig) -> Path:
@@ -35,6 +38,8 @@ def choose_run_dir(config: TrainConfig) -> Path:
         return Path(os.environ[RUN_DIR_VARIABLE])
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
+        if not is_first_process():
+            return run_dir  # the first one looks, and may have made it by now
         if config.resume is None and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise ValueError(f"run_dir={run_dir} already holds a run: add resume=auto to go on with it, or give another run_dir")
         return run_dir
@@ -47,7 +52,7 @@ def choose_run_dir(config: TrainConfig) -> Path:
         checkpoint = resolve_checkpoint(config.resume, name="last")
         if checkpoint.parent.name == "checkpoints":
             return checkpoint.parent.parent
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+    if int(os.environ.get("WORLD_SIZE", slurm.num_tasks())) > 1:
         raise ValueError("run_dir is required when another program starts the processes, or each would make its own; add run_dir=<folder>")
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     taken = len(list(runs.glob(name + "*")))  # runs of a sweep may start within a second
@@ -90,11 +95,39 @@ def write_run_files(run_dir: Path, config: TrainConfig, shard_digests: dict[str,
         if changed:
             say("changed since this run was last started: " + "; ".join(changed))
     _write(path, yaml.safe_dump(settings, sort_keys=False))
-    _write(run_dir / "environment.json", json.dumps(describe_environment(shard_digests), indent=1) + "\n")
+    record_start(run_dir / "environment.json", describe_environment(shard_digests), say)
+
+
+def record_start(path: Path, environment: dict[str, Any], say: Say) -> None:
+    """Write environment.json: what this start runs in, and under `earlier_starts` the same of those before it, oldest first."""
+    earlier: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier_starts", []), before]
+        except (json.JSONDecodeError, AttributeError) as error:
+            kept = path.with_name("environment.damaged.json")
+            os.replace(path, kept)
+            say(f"{path} cannot be read ({error}); it is kept as {kept.name}, and the earlier starts are no longer listed")
+    _write(path, json.dumps({**environment, "earlier_starts": earlier}, indent=1) + "\n")
+
+
+def run_id(run_dir: Path) -> str:
+    """What tells this run from others in W&B, drawn at its first start: another folder of the same name is another run.
+
+    Empty on processes that are not the first, unless it is there already.
+    """
+    path = run_dir / "run_id.txt"
+    if not path.is_file():
+        if not is_first_process():
+            return ""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def describe_environment(shard_digests: dict[str, str]) -> dict[str, Any]:
-    """What a reader needs to run it again; no host names, no environment variables."""
+    """What a reader needs to run it again; of SLURM the job and its nodes, no other host names, no environment variables."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -102,6 +135,7 @@ def describe_environment(shard_digests: dict[str, str]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
@@ -110,6 +144,7 @@ def describe_environment(shard_digests: dict[str, str]) -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "slurm": slurm.describe_job(),
         "shard_index_digests": shard_digests,
     }
 

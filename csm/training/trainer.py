@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from csm.config import TrainConfig, TrainerConfig
+from csm.training import slurm
 from csm.training.checkpoint import FolderCheckpointIO
 
 
@@ -25,8 +25,9 @@ def build_trainer(
     """A Trainer that runs one epoch of our steps and leaves logging, saving and showing to our callbacks."""
     quiet_lightning()
     plugins: list[Any] = [checkpoint_io]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves inside the signal handler
+    cluster = slurm.cluster_environment(config)
+    if cluster is not None:
+        plugins.append(cluster)
     num_processes = config.devices * config.num_nodes
     return Trainer(
         accelerator=config.accelerator,
