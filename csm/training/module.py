@@ -2,8 +2,8 @@
 
 Optimisation is manual, one `training_step` an optimizer step: micro-batches, clipping and the update are all here to
 read. Losses are divided by the target counts of the whole step (all ranks, all micro-batches), so that accumulation and
-ranks change neither the loss nor the gradient. Which steps are dropped is in `guards`, the average of the weights in `ema`,
-what is logged, saved or spoken, and when, in `callbacks`.
+ranks change neither the loss nor the gradient. How gradients become a step is in `updates`, which steps are dropped in
+`guards`, the average of the weights in `ema`, what is logged, saved or spoken, and when, in `callbacks`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from csm.training.ema import WeightAverage, put_back_trained_weights
 from csm.training.guards import StepGuard, StepNumbers, describe_samples
 from csm.training.optim import build_optimizers, learning_rate
 from csm.training.steps import Step
+from csm.training.updates import PlainUpdate, Update
 
 
 class CSMModule(LightningModule):
@@ -34,6 +35,7 @@ class CSMModule(LightningModule):
         num_frames_heard: audio frames learnt from so far, all ranks.
         guard: judges each step, and counts those it dropped.
         average: of the weights; None when `ema.decay` is 0.
+        update: turns gradients into a step; a strategy may put its own in place.
         window: float64 [K + 6], sums over all ranks since the last logged row: loss, c0, depth, nats of each codebook, useful
             positions, all positions; last the steps.
         grad_norm: of the last step, before clipping.
@@ -49,21 +51,21 @@ class CSMModule(LightningModule):
         self.num_frames_heard = 0
         self.guard = StepGuard(config.spikes, config.trainer.on_non_finite, self.print)
         self.average = WeightAverage(model, config.ema) if config.ema.decay > 0 else None
+        self.update: Update = PlainUpdate(self, model, config.optim.clip_norm)
         self.window = torch.zeros(model.config.num_codebooks + 6, dtype=torch.float64)
         self.grad_norm = float("nan")
         self.should_stop = False
-        self._hyperparameters: list[list[dict[str, Any]]] = []
+        self._hyperparameters: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> list[Optimizer]:
         optimizers = build_optimizers(self.model, self.config.optim)
-        self._hyperparameters = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
+        self._hyperparameters = [{k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups]
         return optimizers
 
     def on_train_start(self) -> None:
         # A checkpoint restores its own betas and decay; this run's configuration wins.
-        for optimizer, groups in zip(self._optimizers(), self._hyperparameters, strict=True):
-            for group, wanted in zip(optimizer.param_groups, groups, strict=True):
-                group.update(wanted)
+        for group, wanted in zip(self.update.param_groups, self._hyperparameters, strict=True):
+            group.update(wanted)
         if self.average is not None:
             self.average.to(self.device)
         self.train()  # Lightning leaves the mode as it finds it
@@ -100,26 +102,21 @@ class CSMModule(LightningModule):
         parts: list[Tensor] = []  # of each micro-batch: loss, c0, depth, nats of each codebook
         for micro_batch, rows in enumerate(batch.batches):
             is_last = micro_batch == len(batch.batches) - 1
-            with nullcontext() if is_last else self._without_sync():
+            with self.update.micro_batch(is_last=is_last):
                 losses = self._loss(rows, micro_batch, num_c0, num_depth)
-                self.manual_backward(losses.loss * self.trainer.world_size)  # DDP averages; the counts are global: sum
+                self.update.backward(losses.loss * self.trainer.world_size)  # ranks are averaged; the counts are global: sum
             parts.append(torch.cat((torch.stack((losses.loss.detach(), losses.c0, losses.depth)), losses.per_codebook)).double())
-        optimizers = self._optimizers()
-        norm = self._clip()
+        norm = self.update.clip()
         totals = self._sum_over_ranks(torch.stack(parts).sum(dim=0))
         *sums, self.grad_norm = torch.cat((totals, norm.double()[None])).tolist()  # the step's one wait for the device
         numbers = StepNumbers(self.step + 1, sums[0], sums[1], sums[2], self.grad_norm)
         if self.guard.lets_pass(numbers, lambda: self._name_samples(batch, parts)):
-            rate = learning_rate(self.config.optim, self.step, self.config.trainer.max_steps)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
+            self.update.step(learning_rate(self.config.optim, self.step, self.config.trainer.max_steps))
             self.window += torch.tensor([*sums, *num_positions, 1.0], dtype=torch.float64)
             if self.average is not None:
                 self.average.update(self.step + 1)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        else:
+            self.update.discard()
         self.step += 1
         self.num_frames_heard += num_frames
 
@@ -140,7 +137,7 @@ class CSMModule(LightningModule):
     def measure_batch(self, batch: Batch) -> Tensor:
         """Sums over a batch, float64 [2 + K + 4]: nats of codebook 0 and its targets, nats of codebooks 1..K-1, their
         rows, and `Losses.stop_counts`. Every frame counts; nothing is drawn."""
-        losses = csm_loss(self.model, batch, amortization=1.0)
+        losses = csm_loss(self.update.model, batch, amortization=1.0)
         num_depth_codebooks = losses.per_codebook.numel() - 1
         num_rows = losses.depth_count // num_depth_codebooks
         assert losses.stop_counts is not None, "validation runs in eval mode"
@@ -199,7 +196,7 @@ class CSMModule(LightningModule):
     def _loss(self, rows: Batch, micro_batch: int, num_c0_targets: int, num_depth_targets: int):
         config = self.config.loss
         return csm_loss(
-            self.model,
+            self.update.model,
             rows,
             amortization=config.amortization,
             seed=self.config.seed,
@@ -216,12 +213,6 @@ class CSMModule(LightningModule):
             static_shapes=self.config.trainer.compile,
         )
 
-    def _clip(self) -> Tensor:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        if self.config.optim.clip_norm > 0:
-            return torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
-        return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-
     def _name_samples(self, step: Step, parts: list[Tensor]) -> str:
         """The samples to look at after a bad step, those of the worst micro-batch of all ranks; every rank must call it."""
         losses = [float("inf") if loss != loss else loss for loss in torch.stack(parts)[:, 0].tolist()]
@@ -234,14 +225,6 @@ class CSMModule(LightningModule):
             torch.distributed.all_gather_object(found, mine)
         _, place, samples = max(found, key=lambda one: one[0])
         return samples if len(found) == len(losses) == 1 else f"worst in {place}, {samples}"
-
-    def _optimizers(self) -> list[Any]:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def _without_sync(self):
-        """Keep DDP from exchanging gradients that are not complete yet."""
-        return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.trainer.world_size > 1:
