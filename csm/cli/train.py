@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch and Lightning take seconds to import; --help and a ty
     from csm.model.csm import CSM
     from csm.text import TextTokenizer
     from csm.training.module import CSMModule
+    from csm.training.stop_request import StopRequest
 
 _ABOUT = (
     "Train a CSM. Without arguments: build the offline corpus if it is missing, and learn to speak digits on a CPU. "
@@ -33,11 +34,23 @@ _EXAMPLES = (
 
 def main() -> None:
     """`python train.py`."""
-    hydra_main("train", TrainConfig, train, about=_ABOUT, examples=_EXAMPLES)
+    hydra_main("train", TrainConfig, _train_until_done_or_told, about=_ABOUT, examples=_EXAMPLES)
 
 
-def train(config: TrainConfig) -> Path:
-    """Run training as configured and return the run folder.
+def _train_until_done_or_told(config: TrainConfig) -> None:
+    """Train, and leave with the exit status that `csm.training.stop_request` explains."""
+    from csm.training.stop_request import StopRequest
+
+    with StopRequest() as request:
+        train(config, request)
+        if request.answered:
+            from csm.training.signals import answer
+
+            sys.exit(answer(request, print))
+
+
+def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
+    """Run training as configured, or until `request` is made, and return the run folder.
 
     Raises:
         ValueError, FileNotFoundError: for input that cannot be used; one line that says what to do.
@@ -56,9 +69,10 @@ def train(config: TrainConfig) -> Path:
     from csm.training.saving import Checkpoints
     from csm.training.signals import StopOnSignal
     from csm.training.steps import StepLoader
+    from csm.training.stop_request import is_first_process
     from csm.training.trainer import build_trainer, set_up_torch
 
-    console = Console(quiet=not _is_first_process())
+    console = Console(quiet=not is_first_process())
     say = _say_on(console)
     set_up_torch(config)
     run_dir = run_folder.choose_run_dir(config)
@@ -85,7 +99,7 @@ def train(config: TrainConfig) -> Path:
     if config.trainer.sample_every:
         callbacks.append(SpokenSamples(run_dir, config, build_speaker(config, model, tokenizer, codec_folder), clock))
     checkpoints = Checkpoints(run_dir, config, validation, clock)
-    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), StopOnSignal()]
+    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), StopOnSignal(request)]
     trainer = build_trainer(
         config.trainer,
         run_dir,
@@ -117,8 +131,15 @@ def build_missing_demo_data(config: TrainConfig) -> None:
     Raises:
         ValueError: if that fails.
     """
+    from csm.training.slurm import num_tasks
+    from csm.training.stop_request import is_first_process
+
     folder = Path(config.data.path)
-    if config.data.kind != "demo" or (folder / config.data.train_split / "index.json").is_file() or not _is_first_process():
+    if config.data.kind != "demo" or (folder / config.data.train_split / "index.json").is_file():
+        return
+    if num_tasks() > 1:
+        raise ValueError(f"{folder} is missing: build it before the job, with python -m data_prep prep=demo output={folder}")
+    if not is_first_process():
         return
     print(f"{folder} is missing: building the offline corpus first", flush=True)
     command = [sys.executable, "-m", "data_prep", "prep=demo", f"output={folder}"]
@@ -202,13 +223,6 @@ def build_speaker(
         return Generator(model, codec, tokenizer, watermarker).generate(text, speaker=speaker, seed=seed)
 
     return speak
-
-
-def _is_first_process() -> bool:
-    """Whether this process talks; Lightning starts the others with LOCAL_RANK set."""
-    import os
-
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 def _say_on(console: Console) -> Callable[[str], None]:
