@@ -1,6 +1,6 @@
 """One training step of ours beside transformers' `CsmForConditionalGeneration`: speed, share of the matmul peak, memory.
 
-    python benchmarks/train_step.py                 # 1 thread, then 2; writes benchmarks/results/train_step.md
+    python benchmarks/train_step.py                 # 1 thread, then 2; writes benchmarks/results/train_step.md; 15 minutes
     python benchmarks/train_step.py --quick         # a tiny model, a few seconds: whether it runs
 
 Both have the same weights (ours, exported), read the same rows, learn codebook 0 of every frame and codebooks 1..K-1 of the
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
@@ -51,6 +51,15 @@ SMALL = ModelConfig(
     audio_vocab_size=2051,
     text_vocab_size=258,
 )
+# The widths of csm_1b with fewer layers: what its products reach, in a process that holds both sides' weights and moments.
+WIDE = ModelConfig(
+    name="csm_1b with 3 of 16 layers",
+    backbone=TransformerConfig(num_layers=3, width=2048, num_heads=32, num_kv_heads=8, ffn_width=8192),
+    depth_decoder=TransformerConfig(num_layers=1, width=1024, num_heads=8, num_kv_heads=2, ffn_width=8192),
+    num_codebooks=32,
+    audio_vocab_size=2051,
+    text_vocab_size=258,
+)
 TINY = ModelConfig(
     name="tiny",
     backbone=TransformerConfig(num_layers=2, width=64, num_heads=4, num_kv_heads=2, ffn_width=128),
@@ -64,16 +73,36 @@ TINY_MIMI = {  # the reference model holds a codec, which takes no part: as smal
     "codebook_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 32,
 }  # fmt: skip
-VARIANTS = {  # name: (whose, precision, share of frames the depth decoder learns from)
-    "transformers float32": ("theirs", "float32", AMORTIZATION),
-    "ours float32": ("ours", "float32", AMORTIZATION),
-    "transformers bf16 autocast": ("theirs", "autocast", AMORTIZATION),
-    "ours bf16 autocast": ("ours", "autocast", AMORTIZATION),
-    "ours bf16 weights and moments": ("ours", "bfloat16", AMORTIZATION),
-    "ours float32, depth on every frame": ("ours", "float32", 1.0),
-    "ours bf16 autocast, depth on every frame": ("ours", "autocast", 1.0),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take the step.
+
+    Attributes:
+        amortization: share of frames the depth decoder learns from.
+        recompute: activation checkpointing.
+    """
+
+    is_ours: bool
+    precision: str = "float32"  # or "autocast", or "bfloat16": of weights, gradients and moments
+    amortization: float = AMORTIZATION
+    recompute: bool = False
+
+
+VARIANTS = {
+    "transformers float32": Variant(is_ours=False),
+    "ours float32": Variant(is_ours=True),
+    "ours float32, activation checkpointing": Variant(is_ours=True, recompute=True),
+    "transformers bf16 autocast": Variant(is_ours=False, precision="autocast"),
+    "ours bf16 autocast": Variant(is_ours=True, precision="autocast"),
+    "ours bf16 autocast, activation checkpointing": Variant(is_ours=True, precision="autocast", recompute=True),
+    "ours bf16 weights and moments": Variant(is_ours=True, precision="bfloat16"),
+    "ours float32, depth on every frame": Variant(is_ours=True, amortization=1.0),
+    "ours bf16 autocast, depth on every frame": Variant(is_ours=True, precision="autocast", amortization=1.0),
 }
 BASELINE = "transformers float32"
+WIDE_VARIANTS = (BASELINE, "ours float32", "ours bf16 autocast")
 
 
 @dataclass
@@ -123,14 +152,14 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def make_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, is_ours: bool, precision: str, amortization: float
-) -> Callable[[int], float]:
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, variant: Variant) -> Callable[[int], float]:
     """One step of training; returns its loss."""
 
     def step(index: int) -> float:
-        with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
-            loss = csm_loss(model, batch, amortization, step=index).loss if is_ours else their_loss(model, batch, index)
+        if variant.is_ours:
+            model.activation_checkpointing = variant.recompute
+        with torch.autocast("cpu", torch.bfloat16) if variant.precision == "autocast" else nullcontext():
+            loss = csm_loss(model, batch, variant.amortization, step=index).loss if variant.is_ours else their_loss(model, batch, index)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -147,10 +176,6 @@ def measure_matmul_flops(dtype: torch.dtype) -> float:
     return 2 * size**3 / min(timing.wall_s, timing.cpu_s)
 
 
-def share_of_depth(name: str) -> float:
-    return VARIANTS[name][2]
-
-
 def _time(work: Callable[[], Any]) -> Timing:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -161,38 +186,35 @@ def _better(timings: list[Timing]) -> Timing:
     return Timing(min(t.wall_s for t in timings), min(t.cpu_s for t in timings))
 
 
-def measure_speed(config: ModelConfig, num_positions: int, num_threads: int, num_rounds: int) -> dict[str, Any]:
-    """All variants in turn. A first round warms up; before it, both models' losses are compared."""
+def measure_speed(config: ModelConfig, num_positions: int, num_threads: int, num_rounds: int, variants: Sequence[str]) -> dict[str, Any]:
+    """The variants in turn. A first round warms up; before it, both models' losses are compared."""
     torch.set_num_threads(num_threads)
     batch = made_up_batch(config, num_positions)
     ours = CSM(config)
     theirs = their_model(ours)
     first = {whose: _first_loss(model, batch, whose == "ours") for whose, model in (("ours", ours), ("theirs", theirs))}
     assert abs(first["ours"] - first["theirs"]) < 1e-3, first
-    narrow = CSM(config, dtype=torch.bfloat16)
-    models = {name: (model, make_optimizer(model)) for name, model in (("ours", ours), ("theirs", theirs), ("bfloat16", narrow))}
-    steps = {
-        name: make_step(
-            *models["bfloat16" if precision == "bfloat16" else whose],
-            batch,
-            is_ours=whose == "ours",
-            precision=precision,
-            amortization=share,
-        )
-        for name, (whose, precision, share) in VARIANTS.items()
-    }
+    models = {name: (model, make_optimizer(model)) for name, model in (("ours", ours), ("theirs", theirs))}
+    if any(VARIANTS[name].precision == "bfloat16" for name in variants):
+        narrow = CSM(config, dtype=torch.bfloat16)
+        models["bfloat16"] = narrow, make_optimizer(narrow)
+    steps = {}
+    for name in variants:
+        variant = VARIANTS[name]
+        whose = "ours" if variant.is_ours else "theirs"
+        steps[name] = make_step(*models["bfloat16" if variant.precision == "bfloat16" else whose], batch, variant)
     timings: dict[str, list[Timing]] = {name: [] for name in steps}
     peaks: dict[str, float] = {"float32": 0.0, "bf16": 0.0}
     for index in range(1 + num_rounds):
         for name, step in steps.items():
-            if share_of_depth(name) == 1.0 and index > 2:  # slow, and no close call: twice, warm
+            if VARIANTS[name].amortization == 1.0 and index > 2:  # slow, and no close call: twice, warm
                 continue
             timing = _time(lambda step=step, index=index: step(index))
             if index:
                 timings[name].append(timing)
         for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
             peaks[name] = max(peaks[name], *(measure_matmul_flops(dtype) for _ in range(3)))
-    return {"timings": {name: _better(values) for name, values in timings.items()}, "peaks": peaks, "losses": first}
+    return {"timings": {name: _better(values) for name, values in timings.items()}, "peaks": peaks}
 
 
 def _first_loss(model: nn.Module, batch: Batch, is_ours: bool) -> float:
@@ -202,13 +224,13 @@ def _first_loss(model: nn.Module, batch: Batch, is_ours: bool) -> float:
 
 def measure_memory(config: ModelConfig, name: str, num_positions: int) -> dict[str, float]:
     """Peak resident bytes of a step after the first, and what the states alone take. Meant for a process of its own."""
-    whose, precision, share = VARIANTS[name]
+    variant = VARIANTS[name]
     torch.set_num_threads(1)
     batch = made_up_batch(config, num_positions)
-    model: nn.Module = CSM(config, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    if whose == "theirs":
+    model: nn.Module = CSM(config, dtype=torch.bfloat16 if variant.precision == "bfloat16" else torch.float32)
+    if not variant.is_ours:
         model = their_model(model)  # type: ignore[arg-type]
-    step = make_step(model, make_optimizer(model), batch, is_ours=whose == "ours", precision=precision, amortization=share)
+    step = make_step(model, make_optimizer(model), batch, variant)
     step(0)  # the moments come to life, libraries load, pools open
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     step(1)
@@ -233,7 +255,7 @@ def speed_table(config: ModelConfig, num_positions: int, num_threads: int, speed
     flops = count_flops(config, num_positions, 1.0)
     base = timings[BASELINE]
     lines = [
-        f"### {num_threads} thread{'s' if num_threads > 1 else ''}",
+        f"### {config.name}, {num_positions} positions, {num_threads} thread{'s' if num_threads > 1 else ''}",
         "",
         f"Matmul peak in the same run: {peaks['float32'] / 1e9:,.0f} GFLOP/s float32, {peaks['bf16'] / 1e9:,.0f} GFLOP/s bfloat16.",
         "",
@@ -241,16 +263,18 @@ def speed_table(config: ModelConfig, num_positions: int, num_threads: int, speed
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, timing in timings.items():
-        _, precision, share = VARIANTS[name]
-        num_picked = max(1, round((num_positions - 6) * share))
+        variant = VARIANTS[name]
+        num_picked = max(1, round((num_positions - 6) * variant.amortization))
         operations = flops.backbone * num_positions + flops.depth * num_picked
-        peak = peaks["float32" if precision == "float32" else "bf16"]
+        peak = peaks["float32" if variant.precision == "float32" else "bf16"]
         floor_s = operations / peak
         columns = [f"{timing.wall_s:.2f}", f"{timing.cpu_s:.2f}", f"{num_positions / timing.wall_s:,.0f}"]
         columns += [f"{base.wall_s / timing.wall_s:.2f}", f"{base.cpu_s / timing.cpu_s:.2f}"]
         columns += [f"{floor_s / min(timing.wall_s, timing.cpu_s):.0%}", f"{floor_s:.2f}"]
         lines.append(f"| {name} | {' | '.join(columns)} |")
     for dtype in ("float32", "bf16 autocast"):
+        if f"ours {dtype}, depth on every frame" not in timings:
+            continue
         full, few = timings[f"ours {dtype}, depth on every frame"], timings[f"ours {dtype}"]
         bound = (flops.backbone + flops.depth) / (flops.backbone + flops.depth * AMORTIZATION)
         lines.append("")
@@ -261,10 +285,18 @@ def speed_table(config: ModelConfig, num_positions: int, num_threads: int, speed
     return [*lines, ""]
 
 
-def memory_table(memory: dict[str, dict[str, float]]) -> list[str]:
+def _in_words(config: ModelConfig) -> str:
+    backbone, depth = config.backbone, config.depth_decoder
+    return (
+        f"{config.name}: backbone {backbone.num_layers} x {backbone.width}, ffn {backbone.ffn_width}; depth decoder {depth.num_layers} x "
+        f"{depth.width}, ffn {depth.ffn_width}; K {config.num_codebooks}, V {config.audio_vocab_size}"
+    )
+
+
+def memory_table(config: ModelConfig, num_positions: int, memory: dict[str, dict[str, float]]) -> list[str]:
     base = memory[BASELINE]
     lines = [
-        "### Peak memory of a step, each in a fresh process",
+        f"### Peak memory of a step, each in a fresh process: {config.name}, {num_positions} positions",
         "",
         "| step | peak, GiB | of which weights, gradients and moments | the rest | peak, share of the first | rest, share |",
         "|---|---|---|---|---|---|",
@@ -300,7 +332,9 @@ def surroundings(command: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--positions", type=int, default=1024, help="of the one row; all but 6 are frames")
+    parser.add_argument(
+        "--positions", type=int, default=1024, help="of the one row; all but 6 are frames; memory and the wide model: twice"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, nothing written unless --output is given")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/train_step.md")
@@ -310,19 +344,21 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(measure_memory(config, arguments.memory_of, arguments.positions)))
         return
-    backbone, depth = config.backbone, config.depth_decoder
     about = (
-        f"Model: {config.name}: backbone {backbone.num_layers} x {backbone.width}, ffn {backbone.ffn_width}; depth decoder "
-        f"{depth.num_layers} x {depth.width}, ffn {depth.ffn_width}; K {config.num_codebooks}, V {config.audio_vocab_size}; one row of "
-        f"{arguments.positions} positions, depth on 1/16 of the frames unless said. A step is forward, backward and fused AdamW; the best "
-        f"of {num_rounds} rounds counts. Ratios are to the first row; the floor is the operations at the matmul peak."
+        f"One row, depth on 1/16 of the frames unless said. A step: forward, backward, fused AdamW; "
+        f"the best of {num_rounds} rounds counts. Ratios are to the first row; the floor is the operations at the matmul peak."
     )
-    lines = [about, ""]
-    for num_threads in arguments.threads:
-        lines += speed_table(config, arguments.positions, num_threads, measure_speed(config, arguments.positions, num_threads, num_rounds))
-        print("\n".join(lines[-14:]), flush=True)
+    lines = [about, "", f"- {_in_words(config)}", *([] if arguments.quick else [f"- {_in_words(WIDE)}"]), ""]
+    cases = [(config, arguments.positions, num_threads, tuple(VARIANTS)) for num_threads in arguments.threads]
+    if not arguments.quick:
+        cases += [(WIDE, 2 * arguments.positions, num_threads, WIDE_VARIANTS) for num_threads in arguments.threads]
+    for shapes, num_positions, num_threads, variants in cases:
+        table = speed_table(shapes, num_positions, num_threads, measure_speed(shapes, num_positions, num_threads, num_rounds, variants))
+        lines += table
+        print("\n".join(table), flush=True)
     if os.path.exists("/proc/self/clear_refs"):
-        table = memory_table({name: measure_memory_apart(name, arguments.positions, arguments.quick) for name in VARIANTS})
+        num_positions = 2 * arguments.positions
+        table = memory_table(config, num_positions, {name: measure_memory_apart(name, num_positions, arguments.quick) for name in VARIANTS})
         print("\n".join(table))
         lines += table
     output = arguments.output or (None if arguments.quick else ROOT / "benchmarks/results/train_step.md")
