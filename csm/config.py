@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 
 def _require(condition: bool, key: str, got: object, expected: str) -> None:
@@ -85,6 +86,9 @@ class LossConfig:
         _require(0 < self.amortization <= 1, "loss.amortization", self.amortization, "a share in (0, 1]")
         _require(0 <= self.frame_dropout < 1, "loss.frame_dropout", self.frame_dropout, "a share in [0, 1)")
         _require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "0 or more")
+        weights = self.codebook_weights
+        is_usable = weights is None or (all(weight >= 0 for weight in weights) and sum(weights) > 0)
+        _require(is_usable, "loss.codebook_weights", weights, "weights of 0 or more, not all 0")
 
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
@@ -120,20 +124,42 @@ class DataConfig:
     """Where conversations come from and how they are packed into rows."""
 
     kind: str = "demo"  # "demo" builds its folder when it is missing, "shards" reads one, "random" makes up rows
-    path: str = "data/demo"  # holds <split>/index.json and, for offline codecs, codec/ and tokenizer.json
+    path: Any = "data/demo"  # folder with <split>/index.json (and codec/, tokenizer.json), glob or URL (s3://, hf://); or a list [a,b]
+    weights: list[float] | None = None  # one a path: shares of the positions of an epoch; null takes every conversation once
     train_split: str = "train"
     val_split: str = "validation"
     seq_len: int = 256  # positions of a packed row
     rows_per_batch: int = 8  # rows of one micro-batch on one device
     num_workers: int = 0  # prefetching processes; the order of samples does not depend on it
     max_val_batches: int = 16  # 0 takes every validation row
-    max_bad_share: float = 0.01  # of a shard list's samples; above it the run stops
+    max_bad_share: float = 0.01  # of a split's samples that may be damaged (quarantine.jsonl of the run names them); above, it stops
+    min_duration_s: float = 0.0  # of a conversation; shorter ones are left out and counted
+    max_duration_s: float = 0.0  # of a conversation; longer ones are left out and counted; 0 is no limit
+    verify: str = "digest"  # "digest" compares each shard's sha256 once (1.2 GB/s a core), "size" its size; both check what is read
+    cache_dir: str | None = None  # where shards behind URLs are copied to, whole; null reads them by ranges (needs verify=size)
 
     def __post_init__(self) -> None:
         _one_of("data.kind", self.kind, ("demo", "shards", "random"))
+        _one_of("data.verify", self.verify, ("digest", "size"))
+        is_paths = self.paths and all(isinstance(path, str) and path for path in self.paths)
+        _require(bool(is_paths), "data.path", self.path, "a folder, a glob or a URL, or a list of them, [a,b]")
+        if self.weights is not None:
+            fit = f"{len(self.paths)} positive numbers, one for each data.path"
+            _require(len(self.weights) == len(self.paths) and all(weight > 0 for weight in self.weights), "data.weights", self.weights, fit)
+        for name in ("min_duration_s", "max_duration_s"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more seconds")
+        if self.max_duration_s:
+            fit = f"more than data.min_duration_s={self.min_duration_s}, or 0 for no limit"
+            _require(self.max_duration_s > self.min_duration_s, "data.max_duration_s", self.max_duration_s, fit)
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
         for name in ("seq_len", "rows_per_batch"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+    @property
+    def paths(self) -> list[str]:
+        """The entries of `path`, which is one or a list."""
+        return self.path if isinstance(self.path, list) else [self.path]
 
 
 @dataclass
@@ -274,6 +300,13 @@ class TrainConfig:
             "ema.decay",
             self.ema.decay,
             f"0 with trainer.strategy={self.trainer.strategy}: the average needs whole weights on every rank (auto or ddp)",
+        )
+        weights, num_weights = self.loss.codebook_weights, self.model.num_codebooks - 1
+        _require(
+            weights is None or len(weights) == num_weights,
+            "loss.codebook_weights",
+            weights,
+            f"{num_weights} weights, one for each of codebooks 1..{num_weights}",
         )
         _require(
             self.data.seq_len <= self.model.max_seq_len,

@@ -43,7 +43,8 @@ def test_hydra_can_hold_every_field(cls: type) -> None:
             return is_plain(args[0])
         if args:
             return type(None) in args and all(is_plain(arg) for arg in args if arg is not type(None)) and len(args) == 2
-        return hint in (int, float, str, bool) or dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Enum))
+        # Any: one value or a list of them, told apart in __post_init__
+        return hint in (int, float, str, bool, Any) or dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Enum))
 
     assert not cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     for name, hint in typing.get_type_hints(cls).items():

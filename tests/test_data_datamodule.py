@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from csm.config import DataConfig, ModelConfig
-from csm.data import loader as loader_module
-from csm.data import packing
+from csm.data import epochs as epochs_module
+from csm.data import shard_rows
 from csm.data.datamodule import CSMDataModule
 from csm.data.shards import ShardReader
 from csm.frames import Batch, codes_from_rows, is_eos_row, rows_from_turns
@@ -106,7 +106,7 @@ def test_epoch_sees_every_turn_once_apart_from_the_rows_left_out(make, data: Dat
 def test_second_visit_from_memory_equals_the_first_from_disk(make, monkeypatch: pytest.MonkeyPatch):
     kept = make()
     first, second = _epochs(kept, 2)
-    monkeypatch.setattr(loader_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(shard_rows, "CACHE_BYTES", 0)
     read = make()
     assert kept._train._cache is not None
     assert all(_same(a, b) for a, b in zip(first + second, sum(_epochs(read, 2), []), strict=True))
@@ -273,7 +273,9 @@ def test_bad_samples_are_left_out_counted_and_capped(
         with reader.paths[reader.shard[sample_index]].open("r+b") as file:
             file.seek(offset)
             file.write(b"torn codes")
-    config = DataConfig(kind="shards", path=str(tmp_path), seq_len=SEQ_LEN, rows_per_batch=2, max_bad_share=0.03, num_workers=num_workers)
+    config = DataConfig(
+        kind="shards", path=str(tmp_path), seq_len=SEQ_LEN, rows_per_batch=2, max_bad_share=0.03, num_workers=num_workers, verify="size"
+    )
     module = CSMDataModule(config, tiny_model_config, word_tokenizer)
     seen = [key for batch in _epochs(module, 2)[0] for key in batch.keys]
     assert set(module._train.bad.reasons) == {4, 40} and not {reader.keys[4], reader.keys[40]} & set(seen)
@@ -358,7 +360,7 @@ def test_lightning_sees_the_same_batches_across_epochs_and_a_resume(make, stop_b
     def module() -> CSMDataModule:
         return make(rows_per_batch=1, accumulate=2)
 
-    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 10)  # packed in many groups, epochs differ in length
+    monkeypatch.setattr(epochs_module, "GROUP_DOCUMENTS", 10)  # packed in many groups, epochs differ in length
     epochs = _epochs(module(), 5)
     lengths = [len(epoch) // 2 for epoch in epochs]
     stop = stop_before_end + lengths[0]

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from csm.data import packing
-from csm.data.packing import BAD, cut_documents, measure_turns, pack_best_fit, plan_epoch
-from csm.data.shards import BadSamples, ShardReader
+from csm.data import epochs, packing, storage
+from csm.data.bad_samples import BadSamples
+from csm.data.epochs import plan_epoch
+from csm.data.lengths import measure_turns
+from csm.data.packing import BAD, cut_documents, pack_best_fit
+from csm.data.shards import ShardReader
 
 
 def _turns(*conversations: list[int]) -> np.ndarray:
@@ -90,7 +93,7 @@ def test_order_is_pinned():
 
 def test_groups_hold_whole_shards(corpus, monkeypatch: pytest.MonkeyPatch):
     documents, shard = corpus
-    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 90)
+    monkeypatch.setattr(epochs, "GROUP_DOCUMENTS", 90)
     plan = plan_epoch(documents, shard, 64, 0, 0)
     assert sorted(plan.documents.tolist()) == list(range(len(documents)))
     order = shard[documents.sample[plan.documents]]
@@ -130,7 +133,7 @@ def test_lengths_do_not_need_a_folder_that_can_be_written(tmp_path: Path, write_
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(packing.os, "replace", refuse)
+    monkeypatch.setattr(storage.os, "replace", refuse)
     assert measure_turns(reader, word_tokenizer, BadSamples(1, 0.0)).tolist() == [[0, 5, 4]]
     assert not list((tmp_path / "train").glob("lengths-*"))
 

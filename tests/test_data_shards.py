@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from csm.data.shards import BadSamples, ShardIndex, ShardReader, iter_samples, split_folders
+from csm.data.bad_samples import BadSamples
+from csm.data.corpora import split_folders
+from csm.data.index import ShardIndex
+from csm.data.shards import ShardReader, iter_samples
 
 CONVERSATIONS = [[(i % 4, "one two", 3 + i % 5), ((i + 1) % 4, "three", 4)] for i in range(40)]
 
@@ -92,11 +95,11 @@ def test_a_reader_that_has_read_works_in_other_processes(split: Path, method: st
 
 
 def test_open_files_stay_bounded(split: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("csm.data.shards.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("csm.data.storage.MAX_OPEN_SHARDS", 2)
     reader = ShardReader(split)
     expected = _read_all(reader)
     assert _read_all(reader) == expected
-    assert len(reader._descriptors) == 2
+    assert len(reader._files._descriptors) == 2
 
 
 def test_several_folders_read_as_one(tmp_path: Path, write_conversations):
@@ -188,28 +191,28 @@ def test_bad_sample_is_named(split: Path, member: str, content: bytes, message: 
 def test_pickled_codes_are_refused_unread(tmp_path: Path):
     import io
 
-    from csm.data.shards import _parse_codes
+    from csm.data.members import parse_codes
 
     buffer = io.BytesIO()
     np.save(buffer, np.array([[{}]], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"codes are \|O"):
-        _parse_codes(buffer.getvalue(), 1)
+        parse_codes(buffer.getvalue(), 1)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 def test_codes_of_both_header_versions_are_read(version: tuple[int, int]):
     import io
 
-    from csm.data.shards import _parse_codes
+    from csm.data.members import parse_codes
 
     buffer, codes = io.BytesIO(), np.arange(12, dtype=np.int16).reshape(4, 3)
     np.lib.format.write_array(buffer, codes, version=version, allow_pickle=False)
-    assert np.array_equal(_parse_codes(buffer.getvalue(), 4), codes)
+    assert np.array_equal(parse_codes(buffer.getvalue(), 4), codes)
     for wrong in (codes.astype(np.int32), np.asfortranarray(codes), codes[:2], codes.ravel()):
         buffer = io.BytesIO()
         np.save(buffer, wrong)
         with pytest.raises(ValueError, match="expected int16|index says"):
-            _parse_codes(buffer.getvalue(), 4)
+            parse_codes(buffer.getvalue(), 4)
 
 
 def test_bad_samples_stop_the_run_above_their_share():
@@ -217,5 +220,7 @@ def test_bad_samples_stop_the_run_above_their_share():
     bad.add(5, "first reason")
     bad.add(5, "again")
     bad.add(6, "second reason")
-    with pytest.raises(ValueError, match=r"3 of 100 samples are bad, more than data.max_bad_share=0.02; the first: first reason"):
+    with pytest.raises(
+        ValueError, match=r"3 of 100 samples are bad, more than data.max_bad_share=0.02; repair them or raise it; the first: first reason"
+    ):
         bad.add(7, "third reason")

