@@ -18,7 +18,8 @@ from typing import Any
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # the first had neither step and world size nor a digest of its own
-_PREFIX, _UNFINISHED = "step_", ".tmp"
+_PREFIX, _UNFINISHED, _SET_ASIDE = "step_", ".tmp", "set_aside_"
+_CHUNK_BYTES = 1 << 22  # between two chunks a thread asks for the interpreter, which training holds: few and large ones
 Say = Callable[[str], None]
 
 
@@ -27,8 +28,15 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(folder.name.removeprefix(_PREFIX))
+    """The step in a checkpoint folder's name.
+
+    Raises:
+        ValueError: if the name does not end in one.
+    """
+    digits = folder.name.rpartition("_")[2]
+    if not digits.isdigit():
+        raise ValueError(f"{folder}: the name of a checkpoint folder ends in its step, as {checkpoint_name(200)} does")
+    return int(digits)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -109,11 +117,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_fault(folder: Path, *, is_quick: bool = False) -> str | None:
+def find_fault(folder: Path, *, is_quick: bool = False, names: Callable[[str], bool] | None = None) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file is as its manifest says.
 
     Args:
         is_quick: compare sizes only, and leave the files unread.
+        names: says of each file's name whether it matters; None: all do.
     """
     try:
         files = read_manifest(folder)["files"]
@@ -121,6 +130,8 @@ def find_fault(folder: Path, *, is_quick: bool = False) -> str | None:
         return str(error)
     for name, entry in files.items():
         path = folder / name
+        if names is not None and not names(name):
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["num_bytes"]:
@@ -130,10 +141,10 @@ def find_fault(folder: Path, *, is_quick: bool = False) -> str | None:
     return None
 
 
-def newest_valid_checkpoint(folder: Path, say: Say = print) -> Path | None:
-    """The newest checkpoint whose files are all as written; says which newer ones are not, and why."""
+def newest_valid_checkpoint(folder: Path, say: Say = print, *, names: Callable[[str], bool] | None = None) -> Path | None:
+    """The newest checkpoint whose files (those that `names` tells, or all) are as written; says which newer ones are not, and why."""
     for path in reversed(list_checkpoints(folder)):
-        fault = find_fault(path)
+        fault = find_fault(path, names=names)
         if fault is None:
             return path
         say(f"{path}: not usable, {fault}; trying the one before")
@@ -163,10 +174,24 @@ def remove_leftovers(folder: Path, say: Say = print) -> None:
             path.unlink()
 
 
+def set_aside_newer(folder: Path, step: int, say: Say = print) -> None:
+    """Rename whole checkpoints after `step`, which a run goes back behind, or resume=auto would take the newest of them."""
+    for path in list_checkpoints(folder):
+        if checkpoint_step(path) > step and find_fault(path, is_quick=True) is None:
+            aside = path.with_name(f"{_SET_ASIDE}{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(path, aside)
+            say(f"{path} is newer than step {step}: set aside as {aside.name}, delete it or go on from it with resume={aside}")
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, chunk = hashlib.sha256(), bytearray(_CHUNK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(memoryview(chunk)[:size])
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from csm.config import ModelConfig
+from csm.model.checkpoint_folder import MANIFEST, find_fault, newest_valid_checkpoint
 from csm.model.csm import CSM
 from csm.model.layouts import (
     CODEC_PREFIX,
@@ -66,6 +67,7 @@ def resolve_checkpoint(path: str | Path, name: str = "best") -> Path:
         name: `best`, `last`, or a folder's name under checkpoints/.
     Raises:
         FileNotFoundError: if there is none; the message says where was looked.
+        ValueError: if `best` or `last` names one that is damaged.
     """
     folder = Path(path)
     if (folder / CONFIG_NAME).is_file():
@@ -88,10 +90,38 @@ def resolve_checkpoint(path: str | Path, name: str = "best") -> Path:
 
 
 def _follow(checkpoints: Path, pointer: str) -> Path:
-    target = checkpoints / (checkpoints / f"{pointer}.txt").read_text(encoding="utf-8").strip()
-    if target.parent != checkpoints or not (target / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{checkpoints}/{pointer}.txt names {target.name!r}, which is no checkpoint there; name another one")
-    return target
+    path = checkpoints / f"{pointer}.txt"
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    is_name = name != "" and name.isprintable() and Path(name).name == name
+    if not is_name or not (checkpoints / name).is_dir():
+        raise FileNotFoundError(f"{path} names {name[:40]!r}, which is no checkpoint there; {_advise(checkpoints)}")
+    refuse_damaged(checkpoints / name, is_quick=True)
+    return checkpoints / name
+
+
+def refuse_damaged(folder: Path, *, is_quick: bool = False) -> None:
+    """Check what a model needs of a checkpoint that training wrote; folders without a manifest pass.
+
+    Args:
+        is_quick: compare sizes only.
+    Raises:
+        ValueError: names the file, what is wrong with it, and a checkpoint beside it that is whole.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    fault = find_fault(folder, is_quick=is_quick, names=_is_of_model)
+    if fault is not None:
+        raise ValueError(f"{folder}: not usable, {fault}; {_advise(folder.parent)}")
+
+
+def _advise(checkpoints: Path) -> str:
+    whole = newest_valid_checkpoint(checkpoints, say=lambda line: None, names=_is_of_model)
+    return f"the newest that is whole is {whole}: give that one" if whole is not None else "no checkpoint beside it is whole"
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a checkpoint's file is read to speak with it, not only to train on."""
+    return name.startswith((CONFIG_NAME, "model", "tokenizer", "codec/"))
 
 
 def detect_layout(folder: str | Path) -> str:
@@ -116,6 +146,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = torch.float32, d
         dtype: None keeps the stored one.
     """
     checkpoint = _Checkpoint(resolve_checkpoint(path))
+    refuse_damaged(checkpoint.folder)
     with torch.device("meta"):
         model = CSM(checkpoint.config)
     checkpoint.check(_shapes(model.state_dict()))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +32,9 @@ from csm.model.checkpoint_folder import (
     write_text,
 )
 from csm.model.csm import CSM
+from csm.model.pretrained import resolve_checkpoint
 from csm.text import TextTokenizer
+from csm.training.background import BackgroundWriter, TensorCopies
 
 __all__ = [
     "FolderCheckpointIO",
@@ -57,42 +61,76 @@ class FolderCheckpointIO(CheckpointIO):
     Args:
         model: saved with its own `save_pretrained`, so that the folder is a model to load anywhere.
         tokenizer, codec_folder: saved beside it, so that the checkpoint speaks by itself; None where the run has none.
+        writer: does the writing; an asynchronous one gets copies of the tensors, so that training can go on. None writes at once.
     """
 
-    def __init__(self, model: CSM, tokenizer: TextTokenizer | None = None, codec_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: CSM,
+        tokenizer: TextTokenizer | None = None,
+        codec_folder: Path | None = None,
+        writer: BackgroundWriter | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.codec_folder = model, tokenizer, codec_folder
+        self._writer = writer if writer is not None else BackgroundWriter(is_async=False)
+        self._copies = TensorCopies()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        folder = Path(path)
-        part = open_part(folder)
-        self.model.save_pretrained(part, layout="csm")
-        if self.tokenizer is not None:
-            self.tokenizer.save(part)
-        if self.codec_folder is not None:
-            (part / "codec").mkdir()
-            for file in sorted(self.codec_folder.glob("codec.*")):  # codec.json, and codec.safetensors where weights are ours
-                shutil.copyfile(file, part / "codec" / file.name)
-        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        self._writer.make_room()  # what is in flight reads the copies
         tensors: dict[str, Tensor] = {}
+        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         state["optimizer_states"] = _encode(checkpoint["optimizer_states"], "optimizer", tensors)
         state = {key: value if key == "optimizer_states" else _encode(value, key, tensors) for key, value in state.items()}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / "optimizer.safetensors")
-        write_text(part / "state.json", json.dumps(state, indent=1) + "\n")
-        publish(part, folder, step=checkpoint["global_step"], world_size=1)
+        tensors |= {_WEIGHTS_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
+        copies = self._copies.take(tensors) if self._writer.is_async else None
+        if copies is None:
+            self._write(Path(path), state, tensors)
+        else:
+            self._writer.start(partial(self._write, Path(path), state, copies))
+
+    def _write(self, folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint: its state, and its tensors, the model's under `model.`.
+
+        Raises:
+            OSError: says what is left to go on from, and what to do.
+        """
+        weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHTS_PREFIX)}
+        others = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if not name.startswith(_WEIGHTS_PREFIX)}
+        part: Path | None = None
+        try:
+            part = open_part(folder)
+            self.model.save_pretrained(part, layout="csm", state_dict=weights)
+            if self.tokenizer is not None:
+                self.tokenizer.save(part)
+            if self.codec_folder is not None:
+                (part / "codec").mkdir()
+                for file in sorted(self.codec_folder.glob("codec.*")):  # codec.json, and codec.safetensors where weights are ours
+                    shutil.copyfile(file, part / "codec" / file.name)
+            save_file(others, part / "optimizer.safetensors")
+            write_text(part / "state.json", json.dumps(state, indent=1) + "\n")
+            step = state["global_step"] if "global_step" in state else checkpoint_step(folder)
+            publish(part, folder, step=step, world_size=1)
+        except (OSError, SafetensorError) as error:
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(_explain(error, folder)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder back into Lightning's dictionary.
 
+        Args:
+            path: a checkpoint folder, a run folder or `.../checkpoints/last`.
         Raises:
             ValueError: if a file is not as the manifest says, or the weights are of another model.
         """
-        folder = Path(path)
+        folder = resolve_checkpoint(path, name="last")
         fault = find_fault(folder)
         if fault is not None:
             raise ValueError(f"{folder}: not usable, {fault}; resume=auto takes the newest checkpoint that is whole")
         weights: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("model*.safetensors")):
-            weights |= load_file(file)
+        for name in sorted(read_manifest(folder)["files"]):
+            if name.startswith("model") and name.endswith(".safetensors"):
+                weights |= load_file(folder / name)
         _check_weights(folder, weights, self.model)
         tensors = load_file(folder / "optimizer.safetensors")
         state = _decode(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
@@ -100,6 +138,14 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         checkpoint_folder.remove_checkpoint(Path(path))
+
+
+def _explain(error: Exception, folder: Path) -> str:
+    """One line about a checkpoint that could not be written."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    earlier = [path.name for path in list_checkpoints(folder.parent) if path != folder and find_fault(path, is_quick=True) is None]
+    left = f"{earlier[-1]} and those before it are as they were" if earlier else "there is no earlier checkpoint"
+    return f"checkpoint {folder} could not be written: {reason}; {left}. Make room there, or let the run write there, then resume=auto"
 
 
 def _check_weights(folder: Path, weights: dict[str, Tensor], model: CSM) -> None:

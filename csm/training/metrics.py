@@ -51,7 +51,8 @@ class Metrics(Callback):
                     rows.open(keep_until=module.step)
 
     def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
-        is_logged = is_due(module.step, self._config.trainer.log_every, self._config.trainer.max_steps) or module.should_stop
+        # Not where a signal stops the run: a row there would cut the window, and the resumed run's metrics be others.
+        is_logged = is_due(module.step, self._config.trainer.log_every, self._config.trainer.max_steps)
         if not is_logged and not self._validation.metrics:
             return
         row: dict[str, float] = {"step": module.step, **self._validation.metrics}

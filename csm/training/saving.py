@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from csm.config import TrainConfig
+from csm.model.checkpoint_folder import (
+    checkpoint_name,
+    checkpoint_step,
+    find_fault,
+    list_checkpoints,
+    remove_checkpoint,
+    write_pointer,
+)
+from csm.training.background import BackgroundWriter
 from csm.training.callbacks import Clock, Validation, is_due
-from csm.training.checkpoint import checkpoint_name, checkpoint_step, list_checkpoints, write_pointer
 from csm.training.module import CSMModule
 
 
 class Checkpoints(Callback):
     """Saves every `trainer.checkpoint_every` steps, after the last, and when the run is told to stop.
 
-    `best.txt` names the saved checkpoint with the lowest validation loss; it needs both at the same step. Older ones go
-    only when the new one is on disk and named.
+    `best.txt` names the saved checkpoint with the lowest validation loss; it needs both at the same step. Pointers move and
+    older ones go only when the new one is on disk. The last save of a run, and one that a signal asks for, is waited for.
+
+    Args:
+        writer: the one that the run's checkpoints are written by; None where they are written in the step.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, validation: Validation, clock: Clock) -> None:
+    def __init__(
+        self, run_dir: Path, config: TrainConfig, validation: Validation, clock: Clock, writer: BackgroundWriter | None = None
+    ) -> None:
         self.folder = run_dir / "checkpoints"
         self._config, self._validation, self._clock = config.trainer, validation, clock
+        self._writer = writer if writer is not None else BackgroundWriter(is_async=False)
         self.best_step: int | None = None
         self.best_loss: float | None = None
+        self._saved_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_step": self.best_step, "best_loss": self.best_loss}
@@ -32,22 +48,70 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
 
-    def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
-        is_last = module.step == self._config.max_steps
-        if is_last or module.should_stop or is_due(module.step, self._config.checkpoint_every, self._config.max_steps):
-            with self._clock.pause():
-                self._save(trainer, module.step)
+    def on_train_start(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
+        """Refuse ranks that went on from different checkpoints, as a shared disk that lags may make them.
 
-    def _save(self, trainer: Trainer, step: int) -> None:
-        loss = self._validation.metrics.get("val/loss")
+        Raises:
+            ValueError: names both steps.
+        """
+        self._saved_step = module.step
+        of_first = trainer.strategy.broadcast(module.step)
+        if of_first != module.step:
+            raise ValueError(
+                f"rank {trainer.global_rank} goes on from step {module.step}, rank 0 from step {of_first}: they see different files in "
+                f"{self.folder}; start again with resume={self.folder / checkpoint_name(min(of_first, module.step))}"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
+        self._writer.check()
+        is_last = module.step == self._config.max_steps or module.should_stop
+        if is_last or is_due(module.step, self._config.checkpoint_every, self._config.max_steps):
+            self._save(trainer, module)
+        if is_last:
+            self._writer.finish()
+
+    def on_train_end(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
+        if self._saved_step != module.step:  # stopped by what came after this callback in the step
+            self._save(trainer, module)
+        self._writer.finish()
+        if self._writer.num_waits:
+            module.print(
+                f"{self._writer.num_waits} checkpoints waited {self._writer.waited_s:.1f} s in all for the one before to be written; "
+                "raise trainer.checkpoint_every"
+            )
+
+    def on_exception(self, trainer: Trainer, module: CSMModule, exception: BaseException) -> None:  # type: ignore[override]
+        try:
+            self._writer.finish()  # a checkpoint taken before the trouble is worth having
+        except OSError as error:
+            module.print(f"error: {error}")
+
+    def teardown(self, trainer: Trainer, module: CSMModule, stage: str) -> None:  # type: ignore[override]
+        self._writer.close()
+
+    def _save(self, trainer: Trainer, module: CSMModule) -> None:
+        step, loss = module.step, self._validation.metrics.get("val/loss")
         if loss is not None and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss = step, loss
-        trainer.save_checkpoint(self.folder / checkpoint_name(step))
-        if trainer.is_global_zero:
-            write_pointer(self.folder, "last", self.folder / checkpoint_name(step))
-            best = self.best_step if self.best_step is not None else step
-            write_pointer(self.folder, "best", self.folder / checkpoint_name(best))
-            own = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= step]
-            for path in own[: -max(1, self._config.keep_checkpoints)]:
-                if checkpoint_step(path) != best:
-                    trainer.strategy.remove_checkpoint(path)
+        with self._clock.pause(), module.weights_for_use():
+            trainer.save_checkpoint(self.folder / checkpoint_name(step))
+            self._saved_step = step
+            if trainer.is_global_zero:
+                self._writer.then(partial(self._point_and_tidy, step, self.best_step))
+
+    def _point_and_tidy(self, step: int, best_step: int | None) -> None:
+        """Name the new checkpoint, then delete what is neither new, best nor kept for good."""
+        newest = self.folder / checkpoint_name(step)
+        best = newest if best_step is None else self.folder / checkpoint_name(best_step)
+        if not best.is_dir():  # a later one was better once, and the run went back behind it
+            best = newest
+        write_pointer(self.folder, "last", newest)
+        write_pointer(self.folder, "best", best)
+        # Damaged ones count for nothing here and stay for a person to look at.
+        whole = [
+            path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= step and find_fault(path, is_quick=True) is None
+        ]
+        for path in whole[: -max(1, self._config.keep_checkpoints)]:
+            is_kept = self._config.keep_every > 0 and checkpoint_step(path) % self._config.keep_every == 0
+            if path != best and not is_kept:
+                remove_checkpoint(path)
