@@ -25,6 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from csm.redaction import without_secrets
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _REPOSITORY = CONFIG_DIR.parent
 _CODE_FOLDERS = tuple(str(_REPOSITORY / name) + os.sep for name in ("csm", "data_prep"))
@@ -189,7 +191,7 @@ def _did_you_mean(got: str, known: Sequence[str]) -> str:
 def _leave(error: BaseException, message: str, *, status: int) -> NoReturn:
     if os.environ.get("CSM_DEBUG") == "1":
         traceback.print_exception(error)
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + without_secrets(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)
 
 

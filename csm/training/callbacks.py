@@ -1,5 +1,5 @@
-"""What every callback shares, and validation. After each step, in this order: validate, write metrics (`metrics`), speak
-samples (`samples`), save (`saving`), show (`progress`), stop (`signals`).
+"""What every callback shares, and validation. After each step, in this order: validate, speak samples (`samples`), write
+metrics (`metrics`), save (`saving`), show (`progress`), stop (`signals`).
 
 Every rank runs every callback, for some of it is collective; only rank 0 writes.
 """

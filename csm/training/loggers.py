@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from csm.config import LoggerConfig, TrainConfig
-from csm.training.redaction import without_secrets
+from csm.redaction import without_secrets
 from csm.training.run_folder import run_id
 
 _STAGING_VARIABLE = "WANDB_DATA_DIR"
@@ -39,7 +39,7 @@ class SpokenSample:
     heard: str | None = None
 
 
-def build_loggers(config: LoggerConfig, run_dir: Path, run_config: TrainConfig) -> list[Logger]:
+def build_loggers(config: LoggerConfig, run_dir: Path, run_config: TrainConfig) -> list[WandbRecord]:
     """Loggers besides metrics.csv; none for logger.mode=disabled, which leaves nothing on disk.
 
     Raises:
@@ -59,12 +59,16 @@ class WandbRecord(Logger):
 
     Every step stands there once: what a killed run had sent already is not sent again, and rows of metrics.csv that died
     with it before they were sent are sent when the run goes on.
+
+    Attributes:
+        where: what a reader opens, or types, to see the record.
     """
 
     def __init__(self, config: LoggerConfig, run_dir: Path, run_config: TrainConfig) -> None:
         super().__init__()
         self._config, self._folder, self._settings = config, run_dir / "wandb", asdict(run_config)
         self._title = f"{run_config.experiment_name}-{run_dir.name}"
+        self.where = f"wandb sync {self._folder}/offline-run-*"
         self._run: Any = None
         self._first_step = 0
         self._best_loss = float("inf")
@@ -78,11 +82,6 @@ class WandbRecord(Logger):
     def version(self) -> str:
         """The id of the record, the run folder's own."""
         return run_id(self._folder.parent)
-
-    @property
-    def where(self) -> str:
-        """What a reader opens, or types, to see the record."""
-        return str(self._run.url) if self._run is not None and self._config.mode == "online" else f"wandb sync {self._folder}/offline-run-*"
 
     def begin(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Open the record.
@@ -98,6 +97,7 @@ class WandbRecord(Logger):
         settings = wandb.Settings(
             console="off",
             silent=True,
+            symlink=False,
             save_code=False,
             disable_code=True,
             disable_git=True,
@@ -115,13 +115,15 @@ class WandbRecord(Logger):
                 name=self._title,
                 id=self.version,
                 dir=str(self._folder.parent),
-                mode=self._config.mode,
+                mode=self._config.mode,  # type: ignore[arg-type]  # checked where it is configured
                 resume="allow",
                 config=without_secrets(self._settings),
                 settings=settings,
             )
         except wandb.Error as error:
             raise ValueError(f"logger=wandb: {error}; set logger.mode=offline to record without W&B's server, or logger=csv") from error
+        if self._config.mode == "online":
+            self.where = str(self._run.url)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         # W&B's server knows what it has; without it, the files of the run so far do.

@@ -6,58 +6,67 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from csm.config import TrainConfig
-from csm.training.callbacks import Clock, Validation
+from csm.training.callbacks import Validation
 from csm.training.metrics import Metrics
 from csm.training.module import CSMModule
 
+_SPEED_SPAN_S = 600.0  # the time left is told from the steps of the last ten minutes, for one at 1B may take half of one
+
 
 class ProgressLine(Callback):
-    """Step, loss, frames a second, hours of audio heard, time left."""
+    """Step, loss, frames a second, hours of audio heard, time left: live in a terminal, a line a logged row elsewhere."""
 
-    def __init__(self, config: TrainConfig, metrics: Metrics, validation: Validation, clock: Clock, console: Console) -> None:
-        self._config, self._metrics, self._validation, self._clock, self._console = config.trainer, metrics, validation, clock, console
-        self._bar: Progress | None = None
-        self._first_step = 0
+    def __init__(self, config: TrainConfig, metrics: Metrics, validation: Validation, console: Console) -> None:
+        self._metrics, self._validation, self._console = metrics, validation, console
+        self._max_steps = config.trainer.max_steps
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),  # what the others leave
+            TextColumn("{task.fields[news]}", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        # Two refreshes a second: drawing must not take the core that computes.
+        self._bar = Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=_SPEED_SPAN_S, expand=True)
+        self._task = self._bar.add_task("", total=self._max_steps, news="starting")
 
     def on_train_start(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
-        self._first_step = module.step
+        self._bar.reset(self._task, completed=module.step)
         if trainer.is_global_zero and self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[news]}"))
-            # Two refreshes a second: drawing must not take the core that computes.
-            self._bar = Progress(*columns, console=self._console, refresh_per_second=2)
             self._bar.start()
-            self._bar.add_task("", total=self._config.max_steps, completed=module.step, news="")
 
     def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
-        is_news = self._metrics.logged_step == module.step
+        self._bar.update(self._task, completed=module.step)
         if self._validation.metrics:
-            self._console.print(f"step {module.step}: {_validation_news(self._validation.metrics)}", highlight=False, soft_wrap=True)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=module.step)
-            if is_news:
-                self._bar.update(self._bar.task_ids[0], news=self._news(module))
-        elif is_news:
-            self._console.print(f"step {module.step}/{self._config.max_steps}  {self._news(module)}", highlight=False, soft_wrap=True)
+            self._print(f"step {module.step}: {_validation_news(self._validation.metrics)}")
+        if self._metrics.logged_step != module.step:
+            return
+        news = _news(self._metrics.row)
+        self._bar.update(self._task, news=news)
+        if not self._console.is_terminal:
+            left_s = self._bar.tasks[0].time_remaining
+            told = f"  {duration(left_s)} left" if left_s is not None else ""
+            self._print(f"step {module.step}/{self._max_steps}  {news}{told}")
 
     def teardown(self, trainer: Trainer, module: CSMModule, stage: str) -> None:  # type: ignore[override]
-        if self._bar is not None:
+        if self._bar.live.is_started:
             self._bar.stop()
-            self._bar = None
 
-    def _news(self, module: CSMModule) -> str:
-        row = self._metrics.row
-        done = max(1, module.step - self._first_step)
-        left_s = self._clock.elapsed_s / done * (self._config.max_steps - module.step)
-        parts = [f"loss {row['train/loss']:.3f}"] if "train/loss" in row else []
-        if "frames_per_s" in row:
-            parts.append(f"{row['frames_per_s']:,.0f} frames/s")
-        parts.append(f"{row.get('hours_heard', 0.0):.2f} h heard")
-        return "  ".join([*parts, f"{duration(left_s)} left"])
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _news(row: dict[str, float]) -> str:
+    parts = [f"loss {row['train/loss']:.3f}"] if "train/loss" in row else []
+    if "frames_per_s" in row:
+        parts.append(f"{row['frames_per_s']:,.0f} frames/s")
+    return "  ".join([*parts, f"{row.get('hours_heard', 0.0):,.2f} h heard"])
 
 
 def _validation_news(metrics: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from csm.config import TrainConfig
 from csm.model.pretrained import resolve_checkpoint
+from csm.redaction import without_secrets
 from csm.training import slurm
 from csm.training.checkpoint import Say, list_checkpoints, newest_valid_checkpoint
 from csm.training.stop_request import is_first_process
@@ -85,7 +86,7 @@ def find_resume_point(config: TrainConfig, run_dir: Path, say: Say) -> Path | No
 def write_run_files(run_dir: Path, config: TrainConfig, shard_digests: dict[str, str], say: Say) -> None:
     """Make the run folder, with config.yaml and environment.json; says which settings a resumed run changes."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    settings = asdict(config)
+    settings = without_secrets(asdict(config))
     path = run_dir / "config.yaml"
     if path.is_file():
         before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings)
