@@ -13,12 +13,14 @@ from csm import config
 from csm.config import (
     CodecConfig,
     DataConfig,
+    EmaConfig,
     EvaluateConfig,
     LoggerConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     PrepConfig,
+    SpikeConfig,
     TextConfig,
     TrainConfig,
     TrainerConfig,
@@ -74,6 +76,12 @@ def test_defaults_are_not_shared_between_configurations(cls: type) -> None:
         (LossConfig, {"amortization": 1.5}, "loss.amortization=1.5"),
         (LossConfig, {"frame_dropout": 1.0}, r"loss.frame_dropout=1.0: expected a share in \[0, 1\)"),
         (LossConfig, {"z_loss": -0.1}, "loss.z_loss=-0.1: expected 0 or more"),
+        (LossConfig, {"codebook_weights": [0.0, 0.0]}, r"loss.codebook_weights=\[0.0, 0.0\]: expected weights of 0 or more, not all 0"),
+        (EmaConfig, {"decay": 1.0}, r"ema.decay=1.0: expected a share in \[0, 1\)"),
+        (EmaConfig, {"every": 0}, "ema.every=0: expected a positive number"),
+        (SpikeConfig, {"action": "ignore"}, "spikes.action='ignore': expected one of off, warn, skip, stop"),
+        (SpikeConfig, {"norm_ratio": 0.5}, "spikes.norm_ratio=0.5: expected more than 1, or 0"),
+        (SpikeConfig, {"window": 1}, "spikes.window=1: expected 4 or more"),
         (OptimConfig, {"name": "adam"}, "optim.name='adam': expected one of adamw, "),
         (OptimConfig, {"schedule": "cos"}, "optim.schedule='cos': expected one of cosine, "),
         (OptimConfig, {"lr": 0.0}, "optim.lr=0.0: expected a positive rate"),
@@ -98,6 +106,12 @@ def test_a_wrong_value_is_refused_by_name(cls: type, wrong: dict[str, Any], mess
 
 def test_a_precision_written_as_a_number_is_the_same() -> None:
     assert TrainerConfig(precision=32).precision == "32"  # type: ignore[arg-type]  # YAML reads 32 as a number
+
+
+def test_codebook_weights_are_one_for_each_codebook_of_the_depth_decoder() -> None:
+    TrainConfig(loss=LossConfig(codebook_weights=[1.0] * 7))
+    with pytest.raises(ValueError, match=r"loss.codebook_weights=\[1.0\]: expected 7 weights, one for each of codebooks 1..7"):
+        TrainConfig(loss=LossConfig(codebook_weights=[1.0]))
 
 
 def test_rows_longer_than_the_window_are_refused() -> None:
