@@ -185,6 +185,36 @@ class TextConfig:
         _one_of("text.tokenizer", self.tokenizer, ("words", "bytes", "llama3"))
 
 
+ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
+ADAPTER_WHOLES = ("text_embeddings", "audio_embeddings", "codebook0_head", "audio_head")
+
+
+@dataclass
+class AdapterConfig:
+    """A low-rank adapter beside frozen weights."""
+
+    kind: str = "none"  # "lora"; "dora" learns each row's length too; "none" trains every weight
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input
+    targets: list[str] = field(default_factory=lambda: list(ADAPTER_TARGETS))  # linear maps, by Sesame's names
+    parts: list[str] = field(default_factory=lambda: ["backbone", "decoder"])
+    also_train: list[str] = field(default_factory=list)  # tables and heads trained whole: text_embeddings, codebook0_head, ...
+
+    def __post_init__(self) -> None:
+        _one_of("adapter.kind", self.kind, ("none", "lora", "dora"))
+        _require(self.rank > 0, "adapter.rank", self.rank, "a positive number")
+        _require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "a share in [0, 1)")
+        for key, got, choices in (
+            ("targets", self.targets, ADAPTER_TARGETS),
+            ("parts", self.parts, ("backbone", "decoder")),
+            ("also_train", self.also_train, ADAPTER_WHOLES),
+        ):
+            for name in got:
+                _one_of(f"adapter.{key}", name, choices)
+
+
 @dataclass
 class EmaConfig:
     """A running average of the weights for validation, spoken samples and `model.safetensors`; 4 bytes a parameter more."""
@@ -216,7 +246,7 @@ class SpikeConfig:
         _require(self.window >= 4, "spikes.window", self.window, "4 or more")
 
 
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PRECISIONS = ("32", "bf16-mixed", "bf16-true")
 
 
@@ -308,6 +338,8 @@ class TrainConfig:
             weights,
             f"{num_weights} weights, one for each of codebooks 1..{num_weights}",
         )
+        if self.trainer.strategy.startswith("zero"):
+            self._require_what_zero_can_do()
         _require(
             self.data.seq_len <= self.model.max_seq_len,
             "data.seq_len",
@@ -320,6 +352,17 @@ class TrainConfig:
             self.codec.num_codebooks,
             f"model.num_codebooks={self.model.num_codebooks}",
         )
+
+    def _require_what_zero_can_do(self) -> None:
+        """ZeRO cuts flat groups of parameters over the processes: whole matrices are nowhere."""
+        strategy = f"with trainer.strategy={self.trainer.strategy}"
+        _require(self.optim.name in ("adamw", "sgd"), "optim.name", self.optim.name, f"adamw or sgd {strategy}: ZeRO cuts through matrices")
+        _require(self.optim.state_dtype != "bfloat16", "optim.state_dtype", self.optim.state_dtype, f"weights or float32 {strategy}")
+        precision = f"32 or bf16-mixed {strategy}, whose weights are bfloat16 beside float32 ones that are cut"
+        _require(self.trainer.precision != "bf16-true", "trainer.precision", self.trainer.precision, precision)
+        _require(not self.trainer.compile, "trainer.compile", self.trainer.compile, f"false {strategy}: not tried with its hooks")
+        is_whole = self.trainer.sample_every == 0 or not self.trainer.strategy.startswith("zero3")
+        _require(is_whole, "trainer.sample_every", self.trainer.sample_every, f"0 {strategy}: one process cannot speak with cut weights")
 
 
 @dataclass
