@@ -26,7 +26,7 @@ MAX_CHANNELS = 64
 _BLOCK_SAMPLES = 2**18
 _FORMATS = "aac,ac3,aiff,amr,asf,au,caf,flac,matroska,webm,mov,mp4,mp3,ogg,wav,w64"  # single files, all of them
 _STREAMED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes that writers leave who do not know the end
-_TOLERANCE_S = 0.1  # encoder delay and padding; below it a header is believed
+_TOLERANCE_S = 0.3  # encoder delay and padding: a header that promises this much more is believed
 
 
 @dataclass
@@ -107,12 +107,21 @@ def _av_header(path: Path) -> Header:
             if not container.streams.audio:
                 raise Rejected("not_audio", "a media file without an audio stream")
             stream = container.streams.audio[0]
-            duration_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            return Header(max(duration_s, 0.0), stream.rate or 0, stream.channels or 0, "av")
+            return Header(_av_duration_s(container), stream.rate or 0, stream.channels or 0, "av")
     except (av.FFmpegError, OSError, ValueError, UnicodeError) as error:
         if isinstance(error, Rejected):
             raise
         raise Rejected("not_audio", f"no decoder knows it ({_said_by(error)})") from error
+
+
+def _av_duration_s(container) -> float:  # type: ignore[no-untyped-def]
+    """What the container says of the audio's length, 0 where FFmpeg would guess it from the bit rate."""
+    stream = container.streams.audio[0]
+    if container.format.name.startswith("mov") and stream.duration and stream.time_base:
+        return max(float(stream.duration * stream.time_base), 0.0)
+    if container.format.name.startswith("matroska") and container.duration and len(container.streams) == 1:
+        return max(container.duration / 1e6, 0.0)
+    return 0.0
 
 
 def _av_blocks(path: Path) -> Iterator[np.ndarray]:

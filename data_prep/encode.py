@@ -17,7 +17,7 @@ from csm.config import EncodeConfig
 from csm.frames import SAMPLE_RATE_HZ
 from csm.text import TextTokenizer
 from data_prep.failures import Failure, Rejected
-from data_prep.ingest import Ingested
+from data_prep.ingest import SILENCE_PEAK, Ingested
 from data_prep.manifest import ManifestTurn, Recording
 from data_prep.shard import Sample
 
@@ -67,9 +67,8 @@ def cut_turns(recording: Recording, ingested: Ingested, config: EncodeConfig) ->
         Rejected: "bad_times" if a turn lies outside of the recording: then no time of it can be trusted.
     """
     num_samples = ingested.audio.shape[1]
-    runs: list[list[CutTurn]] = [[]]
-    failures: list[Failure] = []
-    said_until = 0
+    conversation = Conversation(recording, ingested, runs=[[]])
+    latest: CutTurn | None = None  # the turn that ends last so far
     for index, turn in enumerate(recording.turns):
         first = round((turn.start_s or 0.0) * SAMPLE_RATE_HZ)
         last = num_samples if turn.end_s is None else round(turn.end_s * SAMPLE_RATE_HZ)
@@ -80,18 +79,22 @@ def cut_turns(recording: Recording, ingested: Ingested, config: EncodeConfig) ->
                 f"the recording has {ingested.duration_s:.2f} s",
             )
         last = min(last, num_samples)
-        cut = CutTurn(turn, first, last, overlap=first < said_until)
-        if cut.overlap and runs[-1]:
-            runs[-1][-1].overlap = True
-        said_until = max(said_until, last)
+        cut = CutTurn(turn, first, last, overlap=latest is not None and first < latest.last)
+        if latest is not None and cut.overlap:
+            latest.overlap = True
+        if latest is None or last > latest.last:
+            latest = cut
         try:
             _check_length(cut, config)
+            if float(conversation.clip(cut).abs().max()) < SILENCE_PEAK:
+                raise Rejected("silent", "nothing in it is louder than -60 dBFS")
         except Rejected as error:
-            failures.append(Failure.of(recording.source, "encode", error, turn=index, duration_s=cut.duration_s))
-            runs.append([])
+            conversation.failures.append(Failure.of(recording.source, "encode", error, turn=index, duration_s=cut.duration_s))
+            conversation.runs.append([])
             continue
-        runs[-1].append(cut)
-    return Conversation(recording, ingested, [run for run in runs if run], failures)
+        conversation.runs[-1].append(cut)
+    conversation.runs = [run for run in conversation.runs if run]
+    return conversation
 
 
 def _check_length(cut: CutTurn, config: EncodeConfig) -> None:

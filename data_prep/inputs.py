@@ -23,12 +23,13 @@ MAX_TEXT_BYTES = 2**20
 
 @dataclass
 class Candidate:
-    """A recording somebody named: its turns are known, its file has not been looked at."""
+    """A recording somebody named: its turns are known, its file has not been looked at. `where` is the line that names it."""
 
     source: str
     turns: list[ManifestTurn]
     license: str | None = None
     language: str | None = None
+    where: str = ""
 
 
 @dataclass
@@ -99,17 +100,22 @@ def probe(found: Candidate, root: Path) -> Recording | Failure:
             file_digest(path), found.source, path.stat().st_size, round(duration_s, 3), found.turns, found.license, found.language
         )
     except Rejected as error:
-        return Failure.of(found.source, "manifest", error, duration_s=duration_s)
+        why = Rejected(error.reason, f"{found.where}: {error.detail}") if found.where else error
+        return Failure.of(found.source, "manifest", why, duration_s=duration_s)
 
 
 def _from_folder(root: Path) -> Iterator[Candidate | Failure]:
     seen: dict[Path, str] = {}
     for path in _walk(root):
+        if path.is_dir():
+            yield Failure.of(_source(path, root), "manifest", Rejected("unreadable", "a folder without permission to read it"))
+            continue
         if path.suffix.lower() not in SUFFIXES:
             continue
         source = _source(path, root)
         try:
-            _check_name(source)
+            if not _is_utf8(path):
+                raise Rejected("bad_name", "its name is not UTF-8; rename it")
             stem = path.with_suffix("")
             if stem in seen:
                 raise Rejected("same_name", f"{seen[stem]} has the same name, and so the same text")
@@ -127,7 +133,7 @@ def _text_beside(path: Path) -> str:
             raise Rejected("no_text", f"no {beside.name} beside it")
         if beside.stat().st_size > MAX_TEXT_BYTES:
             raise Rejected("bad_text", f"{beside.name} has more than {MAX_TEXT_BYTES} bytes; is it a transcript?")
-        text = normalised(beside.read_text(encoding="utf-8-sig"))
+        text = normalised(beside.read_text(encoding="utf-8-sig"), beside.name)
     except UnicodeDecodeError as error:
         raise Rejected("bad_text", f"{beside.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
@@ -146,10 +152,10 @@ def _from_metadata(table: Path) -> Iterator[Candidate | Failure]:
         try:
             if len(fields) < 2:
                 raise Rejected("schema", f"{where} is {line[:60]!r}, expected id|text")
-            text = normalised(fields[2] if len(fields) > 2 and fields[2].strip() else fields[1])
+            text = normalised(fields[2] if len(fields) > 2 and fields[2].strip() else fields[1], where)
             if not text:
                 raise Rejected("no_text", f"{where} has no text")
-            yield Candidate(_recording_of(root, fields[0].strip(), where), [ManifestTurn(text)])
+            yield Candidate(_recording_of(root, fields[0].strip(), where), [ManifestTurn(text)], where=where)
         except Rejected as error:
             yield Failure.of(where, "manifest", error)
 
@@ -182,7 +188,7 @@ def _from_manifest(table: Path) -> Iterator[Candidate | Failure]:
             if ("turns" in values) == bool(single):
                 raise Rejected("schema", f"{where} needs either turns, or the text of its only turn")
             turns = check_turns(values["turns"] if "turns" in values else [single], where)
-            yield Candidate(source, turns, values.get("license"), values.get("language"))
+            yield Candidate(source, turns, values.get("license"), values.get("language"), where)
         except Rejected as error:
             yield Failure.of(source, "manifest", error)
 
@@ -233,9 +239,12 @@ def _source(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", errors="backslashreplace")
 
 
-def _check_name(source: str) -> None:
-    if "\\x" in source or "\\udc" in source:
-        raise Rejected("bad_name", "its name is not UTF-8; rename it")
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_inside(name: str) -> bool:

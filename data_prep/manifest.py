@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -99,6 +100,8 @@ def check_object(raw: object, schema: type, what: str, more: tuple[str, ...] = (
             raise Rejected("schema", f"{what}: {name} is {value!r}, expected {item.type}")
         if isinstance(value, float) and not math.isfinite(value):
             raise Rejected("schema", f"{what}: {name} is {value!r}, expected a finite number")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise Rejected("schema", f"{what}: {name} is {value!r}, which is not Unicode text")
     return raw
 
 
@@ -111,6 +114,8 @@ def check_turns(raw: object, what: str) -> list[ManifestTurn]:
     if not isinstance(raw, list) or not raw:
         raise Rejected("schema", f"{what}: turns is {raw!r}, expected a list of at least one turn")
     turns = [_check_turn(entry, f"{what}, turn {index}", len(raw) == 1) for index, entry in enumerate(raw)]
+    if len({turn.channel is None for turn in turns}) > 1:
+        raise Rejected("schema", f"{what}: some turns name a channel, some do not; a channel is a speaker's, or the channels are mixed")
     return sorted(turns, key=lambda turn: turn.start_s or 0.0)  # stable: equal starts keep their order
 
 
@@ -128,24 +133,30 @@ def _check_turn(raw: object, what: str, is_only: bool) -> ManifestTurn:
     start_s = turn.start_s or 0.0
     if start_s < 0 or (turn.end_s is not None and turn.end_s <= start_s):
         raise Rejected("schema", f"{what}: from {turn.start_s} to {turn.end_s} s, expected 0 <= start_s < end_s")
-    turn.text = normalised(turn.text)
+    turn.text = normalised(turn.text, f"{what}: its text")
     if not turn.text:
         raise Rejected("no_text", f"{what}: its text is empty")
     return turn
 
 
-def normalised(text: str) -> str:
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def normalised(text: str, what: str = "the text") -> str:
     """One line, single spaces, composed characters: what the eye sees stays as it is.
 
     Raises:
         Rejected: "bad_text", for control characters and lone surrogates.
     """
-    import unicodedata
-
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    bad = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn")), None)
+    bad = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None)
     if bad is not None:
-        raise Rejected("bad_text", f"the text has the character U+{ord(bad):04X}, which nobody says")
+        raise Rejected("bad_text", f"{what} has the character U+{ord(bad):04X}, which nobody says")
     return text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from csm.config import ModelConfig
 from data_prep.engine import Job, locked, read_done, sync_folder
 from data_prep.planning import TRAIN, VALIDATION, Unit
 from data_prep.shard import FORMAT_VERSION, INDEX_NAME, write_atomic
@@ -40,6 +42,7 @@ def merge(job: Job, units: Sequence[Unit]) -> dict[str, Any]:
         done = [record for record in records if record is not None]
         if not done:
             raise ValueError(f"{job.output}: none of {len(units)} units is done; run stages=[encode] first")
+        _remove_units_not_planned(job, {unit.name for unit in units})
         plan = json.loads((job.work / "plan.json").read_text(encoding="utf-8"))
         for split in (TRAIN, VALIDATION):
             _merge_split(job, split, [record for record in done if record["split"] == split], plan["codec"])
@@ -50,6 +53,14 @@ def merge(job: Job, units: Sequence[Unit]) -> dict[str, Any]:
         summary = _summary(plan, done, failures, num_missing=len(units) - len(done))
         write_atomic(job.output / SUMMARY_NAME, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
         return summary
+
+
+def _remove_units_not_planned(job: Job, planned: set[str]) -> None:
+    """Units of an earlier plan, with more of them, are in no one's way but the disk's."""
+    for path in (job.work / "done").glob("*.json"):
+        if path.stem not in planned:
+            path.unlink()
+            shutil.rmtree(job.work / "units" / path.stem, ignore_errors=True)
 
 
 def _merge_split(job: Job, split: str, records: Sequence[dict[str, Any]], codec: dict[str, Any]) -> None:
@@ -113,6 +124,7 @@ def _summary(plan: dict[str, Any], done: Sequence[dict[str, Any]], failures: Seq
         seconds[key] = round(seconds.get(key, 0.0) + row["duration_s"], 3)
     return {
         "codec": plan["codec"],
+        "codec_vocab_size": plan["codec_vocab_size"],
         "tokenizer": plan["tokenizer"],
         "split_by": plan["split_by"],
         "recordings": plan["num_recordings"],
@@ -142,10 +154,18 @@ def print_summary(summary: dict[str, Any], output: Path, console: Console) -> No
         console.print(dropped)
     if summary["units_not_done"]:
         console.print(f"{summary['units_not_done']} units are not done and not in it; run the same command again", style="red")
-    tokenizer, codec = summary["tokenizer"], summary["codec"]
-    console.print(
-        f"train: python train.py data=shards data.path={output} text={tokenizer['kind']} model.text_vocab_size={tokenizer['vocab_size']} "
-        f"codec={codec['name']} codec.num_codebooks={codec['num_codebooks']} model.num_codebooks={codec['num_codebooks']}",
-        highlight=False,
-        markup=False,
-    )
+    console.print(f"train: {train_command(summary, output)}", highlight=False, markup=False)
+
+
+def train_command(summary: dict[str, Any], output: Path) -> str:
+    """The command that trains on the folder, with the model sized for its codec and tokenizer."""
+    tokenizer, codec, model = summary["tokenizer"], summary["codec"], ModelConfig()
+    words = [f"python train.py data=shards data.path={shlex.quote(str(output))}"]
+    if codec["name"] == "mimi":
+        words.append("model=csm_1b")
+    elif codec["num_codebooks"] != model.num_codebooks:
+        words.append(f"codec.num_codebooks={codec['num_codebooks']} model.num_codebooks={codec['num_codebooks']}")
+    if codec["name"] != "mimi" and summary["codec_vocab_size"] != model.audio_vocab_size:
+        words.append(f"model.audio_vocab_size={summary['codec_vocab_size']}")
+    words.append(f"text={tokenizer['kind']} model.text_vocab_size={tokenizer['vocab_size']}")
+    return " ".join(words)

@@ -103,6 +103,7 @@ def _manifest_stage(config: PrepConfig, found: Input, output: Path, console: Con
     done = {
         "settings": wanted,
         "codec": codec.index_entry(),
+        "codec_vocab_size": codec.vocab_size,
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
         "split_by": picked_by,
         "num_recordings": len(recordings),
@@ -111,7 +112,8 @@ def _manifest_stage(config: PrepConfig, found: Input, output: Path, console: Con
     }
     write_atomic(work / PLAN_NAME, (json.dumps(done, indent=1, ensure_ascii=False) + "\n").encode())
     console.print(
-        f"{len(recordings)} recordings, {duration_s / 3600:.2f} h, in {len(units)} units; {len(failures)} dropped; validation by {picked_by}",
+        f"{len(recordings)} recordings, {duration_s / 3600:.2f} h, in {len(units)} units; {len(failures)} dropped; "
+        f"validation by {picked_by}",
         highlight=False,
     )
 
@@ -208,7 +210,11 @@ def _encode_stage(config: PrepConfig, job: Job, units: Sequence[Unit], console: 
             def on_done(unit: Unit, outcome: dict[str, Any] | Exception) -> None:
                 if isinstance(outcome, Exception):
                     errors[unit.name] = outcome
-                progress.update(task, advance=1, done_h=progress.tasks[task].fields["done_h"] + unit.duration_s / 3600)
+                done_h = progress.tasks[task].fields["done_h"] + unit.duration_s / 3600
+                progress.update(task, advance=1, done_h=done_h)
+                if not console.is_terminal:  # a log file has no moving bar
+                    state = "failed" if isinstance(outcome, Exception) else "done"
+                    console.print(f"unit {unit.name} {state}; {done_h:.2f} of {total_h:.2f} h", highlight=False)
 
             run_units(todo, job, config.num_workers, on_done)
     part = f"slice {config.slice_index} of {config.slice_count}: " if config.slice_count > 1 else ""
