@@ -227,6 +227,7 @@ class EmaConfig:
         _require(0 <= self.decay < 1, "ema.decay", self.decay, "a share in [0, 1)")
         _require(self.every > 0, "ema.every", self.every, "a positive number")
         _require(self.start >= 0, "ema.start", self.start, "0 or more")
+        _require(self.decay > 0 or (self.every, self.start) == (1, 0), "ema.decay", self.decay, "more than 0 with ema.every or ema.start")
 
 
 @dataclass

@@ -79,6 +79,7 @@ def test_defaults_are_not_shared_between_configurations(cls: type) -> None:
         (LossConfig, {"codebook_weights": [0.0, 0.0]}, r"loss.codebook_weights=\[0.0, 0.0\]: expected weights of 0 or more, not all 0"),
         (EmaConfig, {"decay": 1.0}, r"ema.decay=1.0: expected a share in \[0, 1\)"),
         (EmaConfig, {"every": 0}, "ema.every=0: expected a positive number"),
+        (EmaConfig, {"every": 10}, "ema.decay=0.0: expected more than 0 with ema.every or ema.start"),
         (SpikeConfig, {"action": "ignore"}, "spikes.action='ignore': expected one of off, warn, skip, stop"),
         (SpikeConfig, {"norm_ratio": 0.5}, "spikes.norm_ratio=0.5: expected more than 1, or 0"),
         (SpikeConfig, {"window": 1}, "spikes.window=1: expected 4 or more"),
