@@ -231,8 +231,14 @@ def test_dropped_step_does_not_move_the_average(tiny_model_config: ModelConfig, 
     assert module.average.state_dict()["num_updates"] == 2  # three steps learnt from; the first one starts it
 
 
+def test_checkpoint_of_weights_alone_holds_the_average_alone(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    for name, is_saved in (("whole", True), ("alone", False)):
+        train(_run(tiny_model_config, tmp_path / name, EmaConfig(decay=0.9), max_steps=3, save_optimizer=is_saved))
+    whole, alone = final_weights(tmp_path / "whole"), final_weights(tmp_path / "alone")
+    assert all(torch.equal(weight, alone[name]) for name, weight in whole.items())
+    assert not load_file(tmp_path / "alone/checkpoints/step_000003/optimizer.safetensors")
+
+
 def test_strategy_that_splits_weights_is_refused() -> None:
-    trainer = TrainerConfig()
-    trainer.strategy = "zero3"
     with pytest.raises(ValueError, match=r"ema\.decay=0\.9: expected 0 with trainer\.strategy=zero3"):
-        TrainConfig(trainer=trainer, ema=EmaConfig(decay=0.9))
+        TrainConfig(trainer=TrainerConfig(strategy="zero3"), ema=EmaConfig(decay=0.9))
