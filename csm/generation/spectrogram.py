@@ -29,7 +29,7 @@ def draw_spectrogram(waveform: Tensor, path: Path) -> None:
     from PIL import Image, ImageDraw
 
     waveform = waveform.float().cpu() if waveform.shape[0] else torch.zeros(SAMPLES_PER_FRAME)
-    mels = log_mels([hop_windows(waveform)])  # [hops, 80]
+    mels = log_mels([hop_windows(waveform)])[: -(-waveform.shape[0] // HOP_SAMPLES)]  # [hops, 80]
     top = mels.max().clamp(min=float(np.log(MEL_FLOOR)) + _RANGE_NATS)
     levels = ((mels - top) / _RANGE_NATS + 1.0).clamp(0.0, 1.0).mul(255).round().to(torch.uint8)
     bands = levels.T.flip(0).repeat_interleave(_BAND_PIXELS, dim=0).repeat_interleave(_HOP_PIXELS, dim=1)  # low bands below

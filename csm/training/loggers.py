@@ -66,8 +66,9 @@ class WandbRecord(Logger):
 
     def __init__(self, config: LoggerConfig, run_dir: Path, run_config: TrainConfig) -> None:
         super().__init__()
-        self._config, self._folder, self._settings = config, run_dir / "wandb", asdict(run_config)
-        self._title = f"{run_config.experiment_name}-{run_dir.name}"
+        self._config, self._folder = config, run_dir / "wandb"
+        self._settings = without_secrets(asdict(run_config))
+        self._title = f"{self._settings['experiment_name']}-{run_dir.name}"
         self.where = f"wandb sync {self._folder}/offline-run-*"
         self._run: Any = None
         self._first_step = 0
@@ -117,7 +118,7 @@ class WandbRecord(Logger):
                 dir=str(self._folder.parent),
                 mode=self._config.mode,  # type: ignore[arg-type]  # checked where it is configured
                 resume="allow",
-                config=without_secrets(self._settings),
+                config=self._settings,
                 settings=settings,
             )
         except wandb.Error as error:
@@ -203,6 +204,8 @@ def _read_log(data: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = header.unpack_from(data, position)
         position += header.size
+        if position + length > len(data):  # torn
+            break
         record += data[position : position + length]
         position += length
         if kind in (whole, last):
