@@ -62,7 +62,7 @@ def fit(config: TrainConfig, *callbacks: Callback) -> CSMModule:
     data = CSMDataModule(config.data, config.model, seed=config.seed, accumulate=config.trainer.accumulate)
     run_dir = Path(config.run_dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config.trainer, run_dir, callbacks=callbacks, loggers=[], checkpoint_io=FolderCheckpointIO(model))
+    trainer = build_trainer(config, run_dir, callbacks=callbacks, loggers=[], checkpoint_io=FolderCheckpointIO(model))
     data.trainer = trainer
     loader = StepLoader(
         data.train_dataloader(),

@@ -107,7 +107,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     callbacks += [checkpoints, ProgressLine(config, metrics, validation, console), StopOnSignal(request)]
     loggers = build_loggers(config.logger, run_dir, config)
     trainer = build_trainer(
-        config.trainer,
+        config,
         run_dir,
         callbacks=callbacks,
         loggers=loggers,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,9 @@ from csm.model.checkpoint_folder import (
 from csm.model.csm import CSM
 from csm.model.pretrained import resolve_checkpoint
 from csm.text import TextTokenizer
+from csm.training import zero_files
 from csm.training.background import BackgroundWriter, TensorCopies
+from csm.training.optim import decay_groups
 
 __all__ = [
     "FolderCheckpointIO",
@@ -77,10 +80,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self._writer.make_room()  # what is in flight reads the copies
-        tensors: dict[str, Tensor] = {}
-        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        state["optimizer_states"] = _encode(checkpoint["optimizer_states"], "optimizer", tensors)
-        state = {key: value if key == "optimizer_states" else _encode(value, key, tensors) for key, value in state.items()}
+        state, tensors = _encode_checkpoint(checkpoint)
         tensors |= {_WEIGHTS_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
         copies = self._copies.take(tensors) if self._writer.is_async else None
         if copies is None:
@@ -95,25 +95,40 @@ class FolderCheckpointIO(CheckpointIO):
             OSError: says what is left to go on from, and what to do.
         """
         weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHTS_PREFIX)}
-        others = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if not name.startswith(_WEIGHTS_PREFIX)}
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_WEIGHTS_PREFIX)}
         part: Path | None = None
         try:
             part = open_part(folder)
             self.model.save_pretrained(part, layout="csm", state_dict=weights)
-            if self.tokenizer is not None:
-                self.tokenizer.save(part)
-            if self.codec_folder is not None:
-                (part / "codec").mkdir()
-                for file in sorted(self.codec_folder.glob("codec.*")):  # codec.json, and codec.safetensors where weights are ours
-                    shutil.copyfile(file, part / "codec" / file.name)
-            save_file(others, part / "optimizer.safetensors")
-            write_text(part / "state.json", json.dumps(state, indent=1) + "\n")
+            self._write_companions(part, state, others)
             step = state["global_step"] if "global_step" in state else checkpoint_step(folder)
             publish(part, folder, step=step, world_size=1)
         except (OSError, SafetensorError) as error:
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
             raise OSError(_explain(error, folder)) from error
+
+    def write_companions(self, part: Path, checkpoint: dict[str, Any]) -> None:
+        """What a checkpoint holds besides the model's weights, for a writer that writes those itself."""
+        self._write_companions(part, *_encode_checkpoint(checkpoint))
+
+    def _write_companions(self, part: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save(part)
+        if self.codec_folder is not None:
+            (part / "codec").mkdir()
+            for file in sorted(self.codec_folder.glob("codec.*")):  # codec.json, and codec.safetensors where weights are ours
+                shutil.copyfile(file, part / "codec" / file.name)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / "optimizer.safetensors")
+        write_text(part / "state.json", json.dumps(state, indent=1) + "\n")
+
+    def read_state(self, folder: Path) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and moments; `optimizer_states` is left as it is written, without tensors."""
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        optimizer_states = state.pop("optimizer_states")
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("optimizer.")}
+        return {**_decode(state, tensors), "optimizer_states": optimizer_states}
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder back into Lightning's dictionary.
@@ -128,10 +143,18 @@ class FolderCheckpointIO(CheckpointIO):
         if fault is not None:
             raise ValueError(f"{folder}: not usable, {fault}; resume=auto takes the newest checkpoint that is whole")
         weights: dict[str, Tensor] = {}
+        if (folder / zero_files.FOLDER).is_dir():
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            order = [[names[id(p)] for p in group["params"]] for group in decay_groups(self.model.named_parameters(), 0.0)]
+            saved = zero_files.ZeroFiles(folder)
+            _check_weights(folder, saved.shapes, self.model)
+            weights, optimizer_states = zero_files.whole_state(saved, order)
+            state = {**self.read_state(folder), "optimizer_states": optimizer_states}
+            return {**state, "state_dict": {_WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()}}
         for name in sorted(read_manifest(folder)["files"]):
             if name.startswith("model") and name.endswith(".safetensors"):
                 weights |= load_file(folder / name)
-        _check_weights(folder, weights, self.model)
+        _check_weights(folder, {name: tuple(tensor.shape) for name, tensor in weights.items()}, self.model)
         tensors = load_file(folder / "optimizer.safetensors")
         state = _decode(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
         return {**state, "state_dict": {_WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()}}
@@ -148,13 +171,21 @@ def _explain(error: Exception, folder: Path) -> str:
     return f"checkpoint {folder} could not be written: {reason}; {left}. Make room there, or let the run write there, then resume=auto"
 
 
-def _check_weights(folder: Path, weights: dict[str, Tensor], model: CSM) -> None:
+def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: CSM) -> None:
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted({*own, *weights}):
-        got = tuple(weights[name].shape) if name in weights else "nothing"
+    for name in sorted({*own, *shapes}):
+        got = shapes.get(name, "nothing")
         expected = tuple(own[name]) if name in own else "nothing"
         if got != expected:
             raise ValueError(f"{folder} is of another model: {name} is {got}, this run's model={model.config.name} has {expected}")
+
+
+def _encode_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Lightning's dictionary without the weights: a JSON tree, and the tensors it names."""
+    tensors: dict[str, Tensor] = {}
+    state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    state["optimizer_states"] = _encode(checkpoint["optimizer_states"], "optimizer", tensors)
+    return {key: value if key == "optimizer_states" else _encode(value, key, tensors) for key, value in state.items()}, tensors
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -12,30 +12,31 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from csm.config import TrainConfig, TrainerConfig
+from csm.config import TrainConfig
 from csm.training import slurm
 from csm.training.checkpoint import FolderCheckpointIO
 
 
 def build_trainer(
-    config: TrainerConfig, run_dir: Path, *, callbacks: Sequence[Callback], loggers: Sequence[Logger], checkpoint_io: FolderCheckpointIO
+    run_config: TrainConfig, run_dir: Path, *, callbacks: Sequence[Callback], loggers: Sequence[Logger], checkpoint_io: FolderCheckpointIO
 ) -> Trainer:
     """A Trainer that runs one epoch of our steps and leaves logging, saving and showing to our callbacks."""
     quiet_lightning()
+    config = run_config.trainer
     plugins: list[Any] = [checkpoint_io]
     cluster = slurm.cluster_environment(config)
     if cluster is not None:
         plugins.append(cluster)
-    num_processes = config.devices * config.num_nodes
     return Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if config.strategy == "ddp" or num_processes > 1 else "auto",
-        # bf16-true is a matter of the weights' dtype: Lightning's plugin would also change torch's default dtype.
-        precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
+        strategy=_build_strategy(run_config),
+        # bf16-true is a matter of the weights' dtype: Lightning's plugin would also change torch's default dtype. With ZeRO
+        # bf16-mixed is, too: the engine keeps the float32 weights.
+        precision="bf16-mixed" if config.precision == "bf16-mixed" and not config.strategy.startswith("zero") else "32-true",
         max_epochs=1,
         callbacks=list(callbacks),
         logger=list(loggers) or False,
@@ -49,6 +50,15 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _build_strategy(config: TrainConfig) -> Strategy | str:
+    if config.trainer.strategy.startswith("zero"):
+        from csm.training.zero import ZeroStrategy  # DeepSpeed is an extra, and takes seconds to import
+
+        return ZeroStrategy(config)
+    is_one_process = config.trainer.devices * config.trainer.num_nodes == 1
+    return "auto" if is_one_process and config.trainer.strategy == "auto" else DDPStrategy(gradient_as_bucket_view=True)
 
 
 def set_up_torch(config: TrainConfig) -> None:
