@@ -127,7 +127,7 @@ def test_run_folder_that_holds_a_run_is_one_line_and_status_1(run_main: Callable
 
 
 def test_defect_of_ours_keeps_its_traceback(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: object) -> None:
+    def broken(*_: object) -> None:
         raise json.JSONDecodeError("not user input", "", 0)  # a ValueError raised outside our folders
 
     monkeypatch.setattr("csm.cli.train.train", broken)
@@ -138,8 +138,33 @@ def test_defect_of_ours_keeps_its_traceback(run_main: Callable, monkeypatch: pyt
 def test_multirun_makes_a_run_folder_for_each_job(run_main: Callable) -> None:
     status, _, err = run_main("--multirun", *TINY, "seed=1,2", "trainer.validate_every=0", "experiment_name=sweep")
     assert status == 0, err
-    seeds = [yaml.safe_load((path / "config.yaml").read_text())["seed"] for path in sorted(Path("runs/sweep").iterdir())]
-    assert seeds == [1, 2]
+    (sweep,) = Path("runs/sweep").iterdir()
+    assert [yaml.safe_load((sweep / name / "config.yaml").read_text())["seed"] for name in ("0", "1")] == [1, 2]
+
+
+def test_multirun_refuses_one_folder_for_all_jobs(run_main: Callable) -> None:
+    status, _, err = run_main("--multirun", *TINY, "seed=1,2", "run_dir=out")
+    assert status == 2
+    assert _one_line(err) == "error: run_dir=out: the runs of a sweep need a folder each; say hydra.sweep.dir=out instead"
+    assert not Path("out").exists()
+
+
+def test_slurm_sweep_without_its_plug_in_says_what_to_install(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hydra_plugins
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    repository = ConfigStore.instance().repo["hydra"]["launcher"]
+    monkeypatch.delitem(repository, "submitit_slurm.yaml", raising=False)
+    monkeypatch.setattr(hydra_plugins, "__path__", [])
+    Plugins.instance()._initialize()
+    try:
+        status, _, err = run_main("--multirun", *TINY, "hydra/launcher=slurm", "seed=1,2")
+    finally:
+        monkeypatch.undo()
+        Plugins.instance()._initialize()
+    assert status == 2
+    assert "pip install 'hydra-submitit-launcher" in _one_line(err)
 
 
 def test_train_py_runs_by_itself_and_records_its_surroundings(tmp_path: Path) -> None:
@@ -162,5 +187,5 @@ def test_wandb_writes_offline_and_asks_for_a_login_online(run_main: Callable, mo
     assert _one_line(err) == "error: logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv"
     assert not Path("online").exists()
     assert run_main(*TINY, "run_dir=offline", "logger=wandb", "logger.mode=offline", "trainer.validate_every=0")[0] == 0
-    assert list(Path("offline").glob("wandb/offline-run-*/run-demo-offline-*.wandb"))
+    assert list(Path("offline").glob("wandb/offline-run-*/run-*.wandb"))
     assert Path("offline/metrics.csv").is_file()

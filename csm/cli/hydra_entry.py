@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -21,7 +22,9 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,6 +77,7 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
         def run(config: DictConfig) -> None:
             # Caught here and not outside: Hydra prints a line of its own for exceptions that leave the task.
             try:
+                _give_own_folder(config)
                 task(_to_object(config, schema))
             except (UsageError, OmegaConfBaseException) as error:
                 _leave(error, _explain(error, schema), status=2)
@@ -86,9 +90,15 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
                 _leave(error, str(error), status=1)
 
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of Hydra's own report
+        if any(argument.startswith("hydra/launcher=") for argument in arguments):
+            _let_launcher_talk()
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(run)()
     except (UsageError, HydraException, OmegaConfBaseException) as error:
         _leave(error, _explain(error, schema), status=2)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        _leave(error, "a run of the sweep failed: " + " ".join(str(error).splitlines()[:3]), status=1)
 
 
 def help_text(config_name: str, schema: type, overrides: Sequence[str] = (), *, about: str = "", examples: Sequence[str] = ()) -> str:
@@ -146,6 +156,29 @@ def _to_object(config: DictConfig, schema: type[Schema]) -> Schema:
     return built
 
 
+def _give_own_folder(config: DictConfig) -> None:
+    """In a sweep, a run's `run_dir` is the folder that Hydra counts for it; a SLURM job that is queued again goes on there.
+
+    Raises:
+        UsageError: `run_dir` is given, which would be the folder of all of them.
+    """
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN or "run_dir" not in config:
+        return
+    if config.run_dir is not None:
+        raise UsageError(f"run_dir={config.run_dir}: the runs of a sweep need a folder each; say hydra.sweep.dir={config.run_dir} instead")
+    config.run_dir = os.path.join(hydra_config.sweep.dir, hydra_config.sweep.subdir)
+    if config.resume is None and "SLURM_RESTART_COUNT" in os.environ:
+        config.resume = "auto"
+
+
+def _let_launcher_talk() -> None:
+    """Let a launcher say what it started, which job_logging=none would hide."""
+    logger = logging.getLogger("hydra_plugins")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+
+
 def _groups(config_name: str) -> dict[str, list[str]]:
     """The groups named in a primary file's defaults list, with their choices."""
     primary = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
@@ -164,6 +197,8 @@ def _explain(error: Exception, schema: type) -> str:
     cause = error.__cause__
     if isinstance(error, UsageError):
         return text
+    if "submitit" in text and "launcher" in text:
+        return "hydra/launcher=slurm needs the plug-in hydra-submitit-launcher: pip install 'hydra-submitit-launcher>=1.2,<2'"
     choices = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.DOTALL)
     if choices:
         options = choices.group(3).split("Config search path")[0].split()
@@ -191,6 +226,8 @@ def _did_you_mean(got: str, known: Sequence[str]) -> str:
 def _leave(error: BaseException, message: str, *, status: int) -> NoReturn:
     if os.environ.get("CSM_DEBUG") == "1":
         traceback.print_exception(error)
+    if "SUBMITIT_EXECUTOR" in os.environ:  # a job of a sweep: only an exception reaches the process that waits for it
+        raise UsageError(" ".join(message.split())) from None
     print("error: " + without_secrets(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)
 

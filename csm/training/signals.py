@@ -62,9 +62,9 @@ def answer(request: StopRequest, say: Say) -> int:
     if not number or not is_first_process():
         return 0
     if slurm.started_by_srun() and (number in TIME_LIMIT_SIGNALS or slurm.is_preempted()):
-        fault = slurm.requeue()
+        say(f"saved; putting job {slurm.job_id()} back into the queue, to go on from here")
+        fault = slurm.requeue()  # which ends this job, and with it what it might say
         if fault is None:
-            say(f"job {slurm.job_id()} is queued again and goes on from here")
             return 0
-        say(f"job {slurm.job_id()} is saved but could not be queued again ({fault}); submit it again with the same run_dir")
+        say(f"job {slurm.job_id()} could not be put back ({fault}); submit it again with the same run_dir")
     return 128 + number
