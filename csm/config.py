@@ -299,7 +299,7 @@ class LoggerConfig:
 
     name: str = "csv"  # "csv", "wandb", or "none" (no metrics.csv either)
     project: str = "csm-lab"
-    mode: str = "online"  # of wandb: "online", "offline" or "disabled"
+    mode: str = "online"  # of wandb: "online", "offline" (under the run folder) or "disabled" (as name=csv)
 
     def __post_init__(self) -> None:
         _one_of("logger.name", self.name, ("csv", "wandb", "none"))
