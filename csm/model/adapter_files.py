@@ -1,0 +1,209 @@
+"""Adapters on disk, in PEFT's layout: `adapter_model.safetensors` and `adapter_config.json`.
+
+Names and the RoPE lane order are those of transformers' CSM, so `peft` loads our files onto our transformers export, and we
+load what `peft` trained there. Source: the files that peft 0.21 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from csm.config import ADAPTER_TARGETS, ADAPTER_WHOLES, AdapterConfig
+from csm.model.csm import CSM
+from csm.model.layouts import halves_from_interleaved, interleaved_from_halves, rotary_heads, transformers_name
+from csm.model.lora import LowRank, adaptable_maps, adapted_maps, attach_adapter, whole_parameter
+
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_THEIRS_OF_OURS = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "output_proj": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+_PART_OF_OURS = {"backbone": "backbone_model", "decoder": r"depth_decoder\.model"}
+
+
+def save_adapter(model: CSM, folder: str | Path, config: AdapterConfig, *, name: str = "default", base: str | None = None) -> None:
+    """Write an adapter in PEFT's layout; the folder appears with both files or not at all.
+
+    Args:
+        config: as attached.
+        base: what it belongs to, for `adapter_config.json`: a folder or hub id.
+    Raises:
+        ValueError: if the model has no adapter of that name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for place, adapted in adapted_maps(model).items():
+        if name not in adapted.adapters:
+            continue
+        low, heads = adapted.adapters[name], rotary_heads(f"{place}.weight", model.config)
+        prefix = _PREFIX + transformers_name(f"{place}.weight").removesuffix(".weight")
+        tensors[prefix + _A] = low.a
+        tensors[prefix + _B] = low.b if heads is None else halves_from_interleaved(low.b, heads)
+        if low.magnitude is not None:
+            tensors[prefix + _MAGNITUDE] = low.magnitude if heads is None else halves_from_interleaved(low.magnitude, heads)
+    if not tensors:
+        raise ValueError(f"adapter {name!r}: the model has none of that name to save")
+    for whole in config.also_train:
+        tensors[_PREFIX + _whole_name(whole)] = whole_parameter(model, whole)
+    described = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": "CsmForConditionalGeneration", "parent_library": "transformers.models.csm.modeling_csm"},
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_dora": config.kind == "dora",
+        "target_modules": _peft_targets(config),
+        "modules_to_save": [_whole_name(whole).removesuffix(".weight") for whole in config.also_train] or None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (WEIGHTS_NAME + ".tmp")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+    os.replace(part, folder / WEIGHTS_NAME)
+    part = folder / (CONFIG_NAME + ".tmp")
+    part.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / CONFIG_NAME)
+
+
+def load_adapter(model: CSM, folder: str | Path, *, name: str = "default") -> AdapterConfig:
+    """Attach an adapter read from PEFT's layout (ours or peft's own), make it active, and return its configuration.
+
+    Raises:
+        FileNotFoundError: if the folder has no adapter.
+        ValueError: if it is no LoRA, is of another model, or lacks tensors; says which.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    try:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME}: cannot be read ({error})") from error
+    wanted = {place for place, _ in adaptable_maps(model, config)}
+    found = {place for place in wanted if _peft_name(place) + _A in tensors}
+    if not found:
+        raise ValueError(
+            f"{folder}: none of its {len(tensors)} tensors belongs to a CSM; expected names like {_peft_name(min(wanted))}{_A}"
+        )
+    attach_adapter(model, config, name=name)
+    for place, adapted in adapted_maps(model).items():
+        if name in adapted.adapters:
+            _fill(adapted.adapters[name], tensors, place, model, folder)
+    for whole in config.also_train:
+        _copy(whole_parameter(model, whole), tensors, _PREFIX + _whole_name(whole), folder)
+    if tensors:
+        raise ValueError(f"{folder}: {len(tensors)} tensors have no place in model={model.config.name}, such as {min(tensors)}")
+    return config
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The configuration of an adapter in PEFT's layout.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it asks for what we do not have.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG_NAME} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = values["peft_type"]
+        rank, alpha = int(values["r"]), float(values["lora_alpha"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a LoRA configuration ({error!r})") from error
+    strange = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform") if values.get(key)]
+    if kind != "LORA" or values.get("bias", "none") != "none" or strange:
+        raise ValueError(f"{path}: peft_type {kind}, {', '.join(strange) or 'bias'}: only plain LoRA and DoRA without bias can be read")
+    whole = {_whole_name(name).removesuffix(".weight"): name for name in ADAPTER_WHOLES}
+    modules = values.get("modules_to_save") or []
+    unknown = [module for module in modules if module not in whole]
+    if unknown:
+        raise ValueError(f"{path}: modules_to_save {unknown}: expected some of {sorted(whole)}")
+    config = AdapterConfig(
+        kind="dora" if values.get("use_dora") else "lora",
+        rank=rank,
+        alpha=alpha,
+        dropout=float(values.get("lora_dropout") or 0.0),
+        also_train=[whole[module] for module in modules],
+    )
+    return _with_targets(config, values.get("target_modules"), path)
+
+
+def _peft_targets(config: AdapterConfig) -> str:
+    """The regular expression that PEFT matches module names with."""
+    parts = "|".join(_PART_OF_OURS[part] for part in config.parts)
+    names = "|".join(_THEIRS_OF_OURS[target] for target in config.targets)
+    return rf"({parts})\.layers\.\d+\.(self_attn|mlp)\.({names})"
+
+
+def _with_targets(config: AdapterConfig, targets: object, path: Path) -> AdapterConfig:
+    """The configuration with PEFT's `target_modules` read: a pattern, or a list of names that hold in both transformers."""
+    ours = [
+        name for name in ADAPTER_TARGETS if _is_target(targets, "backbone_model", name) or _is_target(targets, "depth_decoder.model", name)
+    ]
+    parts = [
+        part
+        for part, theirs in (("backbone", "backbone_model"), ("decoder", "depth_decoder.model"))
+        if any(_is_target(targets, theirs, n) for n in ours)
+    ]
+    if not ours:
+        raise ValueError(
+            f"{path}: target_modules {targets!r} names no linear map of a CSM; expected some of {sorted(_THEIRS_OF_OURS.values())}"
+        )
+    return replace(config, targets=ours, parts=parts)
+
+
+def _is_target(targets: object, part: str, ours: str) -> bool:
+    inner = "mlp" if ours.startswith("w") else "self_attn"
+    full = f"{part}.layers.0.{inner}.{_THEIRS_OF_OURS[ours]}"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, full) is not None
+    return isinstance(targets, list) and any(full == target or full.endswith(f".{target}") for target in targets)
+
+
+def _whole_name(name: str) -> str:
+    return transformers_name(name if name == "audio_head" else f"{name}.weight")
+
+
+def _peft_name(place: str) -> str:
+    return _PREFIX + transformers_name(f"{place}.weight").removesuffix(".weight")
+
+
+def _fill(low: LowRank, tensors: dict[str, Tensor], place: str, model: CSM, folder: Path) -> None:
+    """Take the tensors of one map out of a file's."""
+    prefix, heads = _peft_name(place), rotary_heads(f"{place}.weight", model.config)
+    _copy(low.a, tensors, prefix + _A, folder)
+    for parameter, suffix in ((low.b, _B), (low.magnitude, _MAGNITUDE)):
+        if parameter is None:
+            continue
+        if heads is not None and prefix + suffix in tensors and tensors[prefix + suffix].shape == parameter.shape:
+            tensors[prefix + suffix] = interleaved_from_halves(tensors[prefix + suffix], heads)
+        _copy(parameter, tensors, prefix + suffix, folder)
+
+
+@torch.no_grad()
+def _copy(parameter: nn.Parameter, tensors: dict[str, Tensor], key: str, folder: Path) -> None:
+    got = tensors.pop(key, None)
+    if got is None or got.shape != parameter.shape:
+        shape = "missing" if got is None else tuple(got.shape)
+        raise ValueError(f"{folder}: {key} is {shape}, the model takes {tuple(parameter.shape)}; the adapter is of another model")
+    parameter.copy_(got)
