@@ -20,7 +20,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from csm.cli.train import main, train
+from csm.cli.train import build_transcriber, main, train
 from csm.config import LoggerConfig, ModelConfig
 from csm.data.datamodule import CSMDataModule
 from csm.generation.audio_files import write_audio
@@ -419,6 +419,26 @@ def test_file_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
     rows.append({"step": 3, "train/loss": 4.875, "mfu": 0.5})
     assert path.read_text() == "step,train/loss,mfu\n1,5.5,\n2,5.25,\n3,4.875,0.5\n"
     assert [row["step"] for row in kept] == ["1", "2"]
+
+
+def test_every_logged_key_is_explained(runs: Runs) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`([a-z_0-9/]+)`", page[page.index("## Watching a run") : page.index("**W&B.**")]))
+    logged = {
+        key for part in parts_of(runs.folder) for row in history(part) for key in row if key[0] != "_" and not key.startswith("samples/")
+    }
+    with open(runs.folder / "timings.csv", newline="", encoding="utf-8") as file:
+        logged |= {*read_rows(runs.folder)[0], *(csv.DictReader(file).fieldnames or ())}
+    assert {re.sub(r"codebook_\d+", "codebook_00", key) for key in logged} - explained == set()
+
+
+def test_samples_are_transcribed_by_whisper_when_asked(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper", reason="faster-whisper is an extra")
+    config = run_config(tiny_model_config, tmp_path, transcribe_samples=True)
+    transcribe = build_transcriber(config)
+    assert transcribe is not None
+    assert isinstance(transcribe(torch.zeros(24_000)), str)
+    assert build_transcriber(replace(config, trainer=replace(config.trainer, transcribe_samples=False))) is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def _train_until_done_or_told(config: TrainConfig) -> None:
         if request.answered:
             from csm.training.signals import answer
 
-            sys.exit(answer(request, print))
+            sys.exit(answer(request, partial(print, flush=True)))
 
 
 def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
@@ -99,7 +100,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     metrics = Metrics(run_dir, config, validation, clock, config.model.num_codebooks, lambda: data.num_bad_samples)
     callbacks: list[Any] = [DataPosition(data), validation]
     if config.trainer.sample_every:
-        speak = build_speaker(config, model, tokenizer, codec_folder)
+        speak = build_speaker(config, tokenizer, codec_folder)
         callbacks.append(SpokenSamples(run_dir, config, speak, clock, build_transcriber(config)))
     callbacks.append(metrics)  # behind the samples: it closes the row of the step
     writer = BackgroundWriter(config.trainer.async_checkpoint)
@@ -219,12 +220,12 @@ def build_model(config: TrainConfig) -> CSM:
 
 
 def build_speaker(
-    config: TrainConfig, model: CSM, tokenizer: TextTokenizer | None, codec_folder: Path | None
-) -> Callable[[str, int, int], torch.Tensor]:
-    """A function that speaks a text with the model as it is: (text, speaker, seed) -> float32 [S].
+    config: TrainConfig, tokenizer: TextTokenizer | None, codec_folder: Path | None
+) -> Callable[[CSM, str, int, int], torch.Tensor]:
+    """A function that speaks a text with a model as it is: (model, text, speaker, seed) -> float32 [S].
 
     Raises:
-        ValueError: if the run has no codec or tokenizer to speak with.
+        ValueError: if the run has no codec or tokenizer to speak with, or a text that it cannot read.
     """
     from csm.codec import codec_from_folder
     from csm.generation.generator import Generator
@@ -232,9 +233,11 @@ def build_speaker(
 
     if tokenizer is None or codec_folder is None:
         raise ValueError("trainer.sample_every: this run has no codec or tokenizer to speak with; set trainer.sample_every=0")
+    for speaker, text in enumerate(config.trainer.sample_texts):
+        tokenizer.encode_turn(speaker, text)  # what it cannot read is told now, not in hours
     codec, watermarker = codec_from_folder(codec_folder), load_watermarker()
 
-    def speak(text: str, speaker: int, seed: int) -> torch.Tensor:
+    def speak(model: CSM, text: str, speaker: int, seed: int) -> torch.Tensor:
         return Generator(model, codec, tokenizer, watermarker).generate(text, speaker=speaker, seed=seed)
 
     return speak

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from csm.config import TrainConfig
 from csm.generation.audio_files import read_provenance, write_audio
 from csm.generation.spectrogram import draw_spectrogram
+from csm.model.csm import CSM
 from csm.training.callbacks import Clock, is_due
 from csm.training.checkpoint import checkpoint_name
 from csm.training.loggers import SpokenSample, WandbRecord
@@ -25,7 +26,7 @@ class SpokenSamples(Callback):
     """Speaks `trainer.sample_texts` every `trainer.sample_every` steps and after the last, into <run_dir>/samples.
 
     Args:
-        speak: from text, speaker and seed to float32 [S] at 24 kHz.
+        speak: from model, text, speaker and seed to float32 [S] at 24 kHz.
         transcribe: from such audio to the words heard in it; None leaves them out.
     """
 
@@ -33,7 +34,7 @@ class SpokenSamples(Callback):
         self,
         run_dir: Path,
         config: TrainConfig,
-        speak: Callable[[str, int, int], torch.Tensor],
+        speak: Callable[[CSM, str, int, int], torch.Tensor],
         clock: Clock,
         transcribe: Callable[[torch.Tensor], str] | None = None,
     ) -> None:
@@ -46,16 +47,17 @@ class SpokenSamples(Callback):
         module.eval()
         # Every rank goes in, for getting at whole weights may take them all; one of them speaks.
         with self._clock.pause(), torch.no_grad(), module.weights_for_use():
-            if trainer.is_global_zero:
-                samples = [self._say(text, speaker, module.step) for speaker, text in enumerate(settings.sample_texts)]
+            model = _whole_model(trainer, module)
+            if model is not None:
+                samples = [self._say(model, text, speaker, module.step) for speaker, text in enumerate(settings.sample_texts)]
                 write_page(self._folder)
                 for logger in trainer.loggers:
                     if isinstance(logger, WandbRecord):
                         logger.log_samples(samples)
         module.train()
 
-    def _say(self, text: str, speaker: int, step: int) -> SpokenSample:
-        audio = self._speak(text, speaker, self._config.seed)
+    def _say(self, model: CSM, text: str, speaker: int, step: int) -> SpokenSample:
+        audio = self._speak(model, text, speaker, self._config.seed)
         heard = self._transcribe(audio) if self._transcribe is not None else None
         stem = f"{checkpoint_name(step)}_speaker{speaker}"
         sample = SpokenSample(step, speaker, text, self._folder / f"{stem}.wav", self._folder / f"{stem}.png", heard)
@@ -63,6 +65,14 @@ class SpokenSamples(Callback):
         write_audio(sample.audio, [audio], provenance if heard is None else {**provenance, "heard": heard})
         draw_spectrogram(audio, sample.spectrogram)
         return sample
+
+
+def _whole_model(trainer: Trainer, module: CSMModule) -> CSM | None:
+    """The model to speak with, on the first process: a copy where the strategy spreads or wraps the one that trains."""
+    copy_model = getattr(trainer.strategy, "copy_model", None)
+    if copy_model is not None:
+        return copy_model()
+    return module.model if trainer.is_global_zero else None
 
 
 _STYLE = """
