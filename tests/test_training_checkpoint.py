@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors import safe_open
 
 from csm.cli.train import train
-from csm.config import ModelConfig, OptimConfig, TrainConfig
+from csm.config import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from csm.data.datamodule import CSMDataModule
 from csm.model.csm import CSM
+from csm.training.background import BackgroundWriter, TensorCopies, available_memory_bytes
+from csm.training.callbacks import Clock, DataPosition, Validation
 from csm.training.checkpoint import (
     FolderCheckpointIO,
     _decode,
@@ -22,7 +30,12 @@ from csm.training.checkpoint import (
     find_fault,
     list_checkpoints,
     newest_valid_checkpoint,
+    publish,
 )
+from csm.training.module import CSMModule
+from csm.training.saving import Checkpoints
+from csm.training.steps import StepLoader
+from tests.isolation import run_isolated
 from tests.test_training_module import read_rows, run_config
 
 
@@ -90,6 +103,50 @@ def test_named_checkpoint_resumes_its_own_run_or_a_new_one(finished_run: Path, b
     assert train(replace(config, run_dir=None)) == broken_run
     weights = "checkpoints/step_000010/model.safetensors"
     assert (broken_run / weights).read_bytes() == (tmp_path / "new" / weights).read_bytes()
+
+
+def test_going_back_in_a_run_sets_its_newer_checkpoints_aside(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    config = _adamw_run(CSM.from_pretrained(finished_run).config, run_dir, checkpoint_every=0, max_steps=7)
+    train(replace(config, resume=str(run_dir / "checkpoints/step_000005")))
+    aside = run_dir / "checkpoints/set_aside_step_000010"
+    assert f"step_000010 is newer than step 5: set aside as {aside.name}" in capsys.readouterr().out
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir / "checkpoints")] == [5, 7]
+    train(replace(config, resume="auto"))  # takes step 7, not what lay behind the point that was gone back to
+    assert "already at step 7 of 7" in capsys.readouterr().out
+    train(replace(config, resume=str(aside), run_dir=str(tmp_path / "new"), trainer=replace(config.trainer, max_steps=11)))
+    assert (tmp_path / "new/checkpoints/last.txt").read_text() == "step_000011\n"
+
+
+@pytest.mark.parametrize("lead", ["", "checkpoints/last", "checkpoints/step_000005"])
+def test_plain_lightning_goes_on_from_what_leads_to_a_checkpoint(lead: str, finished_run: Path) -> None:
+    class Module(CSMModule):
+        def on_train_start(self) -> None:
+            self.started_at = self.step
+            self.trainer.should_stop = True  # what was restored is all that matters here
+
+    config = _adamw_run(CSM.from_pretrained(finished_run).config, finished_run, max_steps=20)
+    model = CSM(config.model, seed=1)
+    module = Module(model, config)
+    data = CSMDataModule(config.data, config.model, seed=config.seed, accumulate=2)
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0, "max_epochs": 1}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        plugins=[FolderCheckpointIO(model)],
+        callbacks=[DataPosition(data)],
+        **settings,
+    )
+    steps = StepLoader(data.train_dataloader(), accumulate=2, amortization=0.25, num_steps=lambda: 1)
+    trainer.fit(module, train_dataloaders=steps, ckpt_path=finished_run / lead)
+    expected = 5 if lead.endswith("5") else 10
+    assert module.started_at == expected and data.state_dict()["batch"] >= expected
+    with safe_open(finished_run / f"checkpoints/step_{expected:06d}/optimizer.safetensors", "pt") as file:
+        saved = [file.get_tensor(name) for name in sorted(file.keys()) if name.endswith("exp_avg")]
+    restored = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
+    assert sorted(float(tensor.sum()) for tensor in restored) == sorted(float(tensor.sum()) for tensor in saved)
 
 
 def test_more_steps_can_be_asked_of_a_finished_run(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -161,6 +218,174 @@ def test_old_checkpoints_go_and_the_best_stays(tiny_model_config: ModelConfig, t
     assert (tmp_path / "checkpoints/best.txt").read_text() == f"step_{best:06d}\n"
     assert (tmp_path / "checkpoints/last.txt").read_text() == "step_000006\n"
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path / "checkpoints")] == sorted({best, 5, 6})
+
+
+def test_every_kth_checkpoint_is_kept_for_good(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    config = run_config(tiny_model_config, tmp_path, max_steps=9, checkpoint_every=1, keep_every=4, keep_checkpoints=1)
+    train(config)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 9]
+    with pytest.raises(ValueError, match="trainer.keep_every=3: expected a multiple of trainer.checkpoint_every=2"):
+        replace(config.trainer, checkpoint_every=2, keep_every=3)
+
+
+def test_writing_beside_the_step_changes_no_byte(finished_run: Path, tmp_path: Path) -> None:
+    config = _adamw_run(CSM.from_pretrained(finished_run).config, tmp_path / "in_step", async_checkpoint=False)
+    assert not config.trainer.async_checkpoint and TrainerConfig().async_checkpoint
+    train(config)
+    assert _files(tmp_path / "in_step/checkpoints") == _files(finished_run / "checkpoints")
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_last_moves_after_it(
+    tiny_model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write is held until two more steps are done; what it holds is of its own step all the same."""
+    gone_on, threads, pointers = threading.Event(), [], []
+    step_of, last = CSMModule.training_step, tmp_path / "held/checkpoints/last.txt"
+
+    def step(module: CSMModule, batch: object, batch_idx: int) -> None:
+        step_of(module, batch, batch_idx)
+        pointers.append(last.exists())
+        if module.step == 4:
+            gone_on.set()
+
+    def held(*arguments: object, **named: object) -> None:
+        threads.append(threading.current_thread())
+        assert gone_on.wait(timeout=60)
+        publish(*arguments, **named)
+
+    monkeypatch.setattr(CSMModule, "training_step", step)
+    monkeypatch.setattr("csm.training.checkpoint.publish", held)
+    settings = {"max_steps": 4, "checkpoint_every": 2}
+    train(_adamw_run(tiny_model_config, tmp_path / "held", **settings))
+    assert threading.main_thread() not in threads and pointers == [False] * 4
+    assert last.read_text() == "step_000004\n"
+    monkeypatch.undo()
+    train(_adamw_run(tiny_model_config, tmp_path / "free", **settings, async_checkpoint=False))
+    assert _files(tmp_path / "held/checkpoints") == _files(tmp_path / "free/checkpoints")
+
+
+def test_writer_has_one_save_in_flight_and_counts_waits() -> None:
+    writer, done, may_end = BackgroundWriter(), [], threading.Event()
+    writer.start(lambda: (may_end.wait(60), done.append("first")))
+    writer.then(lambda: done.append("pointers"))
+    writer.check()
+    assert not done and not writer.num_waits
+    threading.Timer(0.2, may_end.set).start()
+    writer.start(lambda: done.append("second"))
+    assert done[:2] == ["first", "pointers"] and writer.num_waits == 1 and writer.waited_s > 0.05
+    writer.close()
+    assert done == ["first", "pointers", "second"]
+    at_once = BackgroundWriter(is_async=False)
+    at_once.start(lambda: done.append("third"))
+    at_once.then(lambda: done.append("pointers"))
+    assert done[3:] == ["third", "pointers"]
+
+
+@pytest.mark.parametrize("call", ["check", "finish", "make_room", "close"])
+def test_error_of_a_write_is_raised_once_and_stops_what_follows(call: str) -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    writer, done = BackgroundWriter(), []
+    writer.start(fail)
+    writer.then(lambda: done.append("pointers"))
+    while any(not job.done() for job in writer._pending):
+        threading.Event().wait(0.01)
+    with pytest.raises(OSError, match="disk full"):
+        getattr(writer, call)()
+    writer.check()
+    writer.close()
+    assert not done
+
+
+def test_copies_are_of_the_moment_and_their_memory_is_used_again() -> None:
+    copies, weight = TensorCopies(), torch.arange(6.0).view(2, 3)
+    first = copies.take({"w": weight, "t": weight.t()})
+    weight += 10
+    assert torch.equal(first["w"], torch.arange(6.0).view(2, 3)) and torch.equal(first["t"], torch.arange(6.0).view(2, 3).t())
+    second = copies.take({"w": weight, "t": weight.t().double()})
+    assert second["w"].data_ptr() == first["w"].data_ptr() and torch.equal(second["w"], weight)
+    assert second["t"].dtype == torch.float64 and second["t"].is_contiguous()
+
+
+def test_run_too_large_for_copies_saves_in_the_step_and_says_so(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = available_memory_bytes()
+    assert free is None or 2**20 < free < 2**45
+    monkeypatch.setattr("csm.training.background.available_memory_bytes", lambda: 1000)
+    with caplog.at_level(logging.WARNING):
+        train(_adamw_run(CSM.from_pretrained(finished_run).config, tmp_path / "large"))
+    assert caplog.text.count("checkpoints are written in the step") == 1
+    assert _files(tmp_path / "large/checkpoints") == _files(finished_run / "checkpoints")
+
+
+def test_ranks_that_go_on_from_different_steps_are_stopped(finished_run: Path, tmp_path: Path) -> None:
+    config = run_config(CSM.from_pretrained(finished_run).config, tmp_path)
+    module = CSMModule(CSM(config.model), config)
+    module.step = 5
+    # What a shared disk that lags would make of it, without the second machine.
+    trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda step: 10))
+    checkpoints = Checkpoints(tmp_path, config, Validation(list, config, Clock()), Clock())
+    with pytest.raises(ValueError, match=r"rank 1 goes on from step 5, rank 0 from step 10: .* start again with resume=.*step_000005$"):
+        checkpoints.on_train_start(trainer, module)
+    module.step = 10
+    checkpoints.on_train_start(trainer, module)
+
+
+_ON_A_FULL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from csm.cli.train import main
+
+def mount(*arguments):
+    subprocess.run(["mount", *arguments], check=True)
+
+def run(*overrides):
+    sys.argv = ["train.py", *sys.argv[2:], "run_dir=run", "resume=auto", *overrides]
+    try:
+        main()
+        return 0
+    except SystemExit as left:
+        return left.code
+    finally:
+        sys.argv = ["-c", *saved]
+
+saved = sys.argv[1:]
+os.chdir(sys.argv[1])
+Path("run/checkpoints").mkdir(parents=True)
+mount("-t", "tmpfs", "-o", "ro", "tmpfs", "run/checkpoints")
+print("read-only:", run(), flush=True)
+subprocess.run(["umount", "run/checkpoints"], check=True)
+mount("-t", "tmpfs", "-o", "size=320k", "tmpfs", "run/checkpoints")
+print("full:", run(), sorted(path.name for path in Path("run/checkpoints").iterdir()), flush=True)
+mount("-o", "remount,size=4m", "run/checkpoints")
+print("room:", run(), sorted(path.name for path in Path("run/checkpoints").iterdir()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_full_or_read_only_disk_is_one_clear_line_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    from tests.test_train_cli import TINY
+
+    command = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path), *TINY, "trainer.max_steps=6", "trainer.checkpoint_every=1"]
+    done = run_isolated([*command, "trainer.validate_every=0", "trainer.keep_checkpoints=9"], timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("read-only:", "full:", "room:"))]
+    errors = [line for line in done.stderr.splitlines() if line]
+    assert len(errors) == 2, done.stderr
+    assert said[0] == "read-only: 1"
+    assert errors[0] == (
+        "error: checkpoint run/checkpoints/step_000001 could not be written: Read-only file system; there is no earlier checkpoint. "
+        "Make room there, or let the run write there, then resume=auto"
+    )
+    whole = [f"step_{step:06d}" for step in range(1, 7) if f"step_{step:06d}" in said[1]]
+    assert 1 <= len(whole) < 6
+    assert said[1] == f"full: 1 {['best.txt', 'last.txt', *whole]}"  # nothing half written
+    assert f"step_{len(whole) + 1:06d} could not be written: No space left on device; {whole[-1]} and those before it are" in errors[1]
+    assert said[2] == f"room: 0 {['best.txt', 'last.txt', *(f'step_{step:06d}' for step in range(1, 7))]}"
+    assert f"resuming run/checkpoints/{whole[-1]}" in done.stdout
 
 
 def test_state_survives_encoding() -> None:

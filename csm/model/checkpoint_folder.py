@@ -21,6 +21,7 @@ _READABLE_VERSIONS = (1, 2)  # the first had neither step and world size nor a d
 _PREFIX, _UNFINISHED, _SET_ASIDE = "step_", ".tmp", "set_aside_"
 _CHUNK_BYTES = 1 << 22  # between two chunks a thread asks for the interpreter, which training holds: few and large ones
 Say = Callable[[str], None]
+_digests: dict[tuple[str, int, int, int], str] = {}
 
 
 def checkpoint_name(step: int) -> str:
@@ -136,9 +137,20 @@ def find_fault(folder: Path, *, is_quick: bool = False, names: Callable[[str], b
             return f"{name} is missing"
         if path.stat().st_size != entry["num_bytes"]:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['num_bytes']}"
-        if not is_quick and file_digest(path) != entry["sha256"]:
+        if not is_quick and _digest_once(path) != entry["sha256"]:
             return f"{name} differs from the manifest's sha256"
     return None
+
+
+def refuse_unusable(folder: Path) -> None:
+    """Check every file of a checkpoint that training is to go on from.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    fault = find_fault(folder)
+    if fault is not None:
+        raise ValueError(f"{folder}: not usable, {fault}; resume=auto takes the newest checkpoint that is whole")
 
 
 def newest_valid_checkpoint(folder: Path, say: Say = print, *, names: Callable[[str], bool] | None = None) -> Path | None:
@@ -192,6 +204,15 @@ def file_digest(path: Path) -> str:
         while size := file.readinto(chunk):
             digest.update(memoryview(chunk)[:size])
     return digest.hexdigest()
+
+
+def _digest_once(path: Path) -> str:
+    """`file_digest`, read once in a process as long as the file stays: a checkpoint is found, checked, then loaded."""
+    stat = path.stat()
+    key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if key not in _digests:
+        _digests[key] = file_digest(path)
+    return _digests[key]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,6 +28,7 @@ from csm.model.checkpoint_folder import (
     open_part,
     publish,
     read_manifest,
+    refuse_unusable,
     remove_leftovers,
     write_pointer,
     write_text,
@@ -139,9 +140,7 @@ class FolderCheckpointIO(CheckpointIO):
             ValueError: if a file is not as the manifest says, or the weights are of another model.
         """
         folder = resolve_checkpoint(path, name="last")
-        fault = find_fault(folder)
-        if fault is not None:
-            raise ValueError(f"{folder}: not usable, {fault}; resume=auto takes the newest checkpoint that is whole")
+        refuse_unusable(folder)
         weights: dict[str, Tensor] = {}
         if (folder / zero_files.FOLDER).is_dir():
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}

@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from csm.config import TrainConfig
+from csm.model.checkpoint_folder import Say, list_checkpoints, newest_valid_checkpoint, refuse_unusable
 from csm.model.pretrained import resolve_checkpoint
 from csm.redaction import without_secrets
 from csm.training import slurm
-from csm.training.checkpoint import Say, list_checkpoints, newest_valid_checkpoint
 from csm.training.stop_request import is_first_process
 
 RUN_DIR_VARIABLE = "CSM_RUN_DIR"  # tells the processes that Lightning starts which folder their parent chose
@@ -70,11 +70,14 @@ def find_resume_point(config: TrainConfig, run_dir: Path, say: Say) -> Path | No
 
     Raises:
         FileNotFoundError: if `resume` names a folder that is not there.
+        ValueError: if it names one that is damaged, or nothing of the run is whole.
     """
     if config.resume is None:
         return None
     if config.resume != "auto":
-        return resolve_checkpoint(config.resume, name="last")
+        named = resolve_checkpoint(config.resume, name="last")
+        refuse_unusable(named)  # before anything of a run is made or moved
+        return named
     found = newest_valid_checkpoint(run_dir / "checkpoints", say)
     if found is None and list_checkpoints(run_dir / "checkpoints"):
         raise ValueError(f"{run_dir}/checkpoints: no checkpoint is whole; start a new run, or copy one back")
