@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 from functools import lru_cache
 from typing import Any
 
@@ -117,5 +118,8 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, str]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"codes.npy of version {version}, expected 1.0 or 2.0")
-    shape, is_fortran, dtype = read(file)
+    try:
+        shape, is_fortran, dtype = read(file)
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # the header is Python source to numpy
+        raise ValueError(f"codes.npy has a damaged header ({error})") from error
     return shape, is_fortran, dtype.str
