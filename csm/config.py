@@ -314,6 +314,8 @@ class TrainConfig:
     experiment_name: str = "demo"  # runs/<experiment_name>/<date_time>
     run_dir: str | None = None  # None is runs/<experiment_name>/<date_time>
     resume: str | None = None  # "auto" goes on from run_dir's newest valid checkpoint; or a checkpoint folder
+    base: str | None = None  # run, checkpoint or hub id to start from: brings weights, shapes (model=), tokenizer and codec
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -339,6 +341,26 @@ class TrainConfig:
             weights,
             f"{num_weights} weights, one for each of codebooks 1..{num_weights}",
         )
+        if self.adapter.kind != "none":
+            _require(
+                self.base is not None,
+                "adapter.kind",
+                self.adapter.kind,
+                "none without base=: an adapter stands beside weights that know something",
+            )
+            is_whole = self.trainer.strategy in ("auto", "ddp")
+            _require(
+                is_whole,
+                "adapter.kind",
+                self.adapter.kind,
+                f"none with trainer.strategy={self.trainer.strategy}: adapters go with auto or ddp",
+            )
+        _require(
+            self.base is None or self.model.warm_start is None,
+            "model.warm_start",
+            self.model.warm_start,
+            f"null with base={self.base}, which brings all weights",
+        )
         if self.trainer.strategy.startswith("zero"):
             self._require_what_zero_can_do()
         _require(
@@ -362,8 +384,6 @@ class TrainConfig:
         precision = f"32 or bf16-mixed {strategy}, whose weights are bfloat16 beside float32 ones that are cut"
         _require(self.trainer.precision != "bf16-true", "trainer.precision", self.trainer.precision, precision)
         _require(not self.trainer.compile, "trainer.compile", self.trainer.compile, f"false {strategy}: not tried with its hooks")
-        is_whole = self.trainer.sample_every == 0 or not self.trainer.strategy.startswith("zero3")
-        _require(is_whole, "trainer.sample_every", self.trainer.sample_every, f"0 {strategy}: one process cannot speak with cut weights")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from csm.config import TrainConfig
 from csm.model.checkpoint_folder import find_fault, open_part, publish
 from csm.model.csm import CSM, CSMOutput
 from csm.model.pretrained import resolve_checkpoint, save_model
+from csm.model.weights import Source
 from csm.training.module import CSMModule
 from csm.training.optim import decay_groups
 from csm.training.zero_files import FOLDER, PlainFiles, SavedState, ZeroFiles, write_index
@@ -223,6 +224,22 @@ class ZeroStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}  # written apart, parameter by parameter
+
+    def copy_model(self) -> CSM | None:
+        """A plain CSM of the weights as they are, on the first process, None on the others; every process must call it.
+
+        The one that trains answers the engine. Stages 1 and 2 share its weights, stage 3 puts them together on the device.
+        """
+        copies: list[CSM] = []
+
+        def take(sources: Mapping[str, Source]) -> None:
+            with torch.device("meta"):
+                model = CSM(self._module.model.config)
+            model.load_state_dict({name: read().to(self.root_device) for name, (_, _, read) in sources.items()}, assign=True)
+            copies.append(model.eval())
+
+        write_model(self._engine, self._module.model, take, is_first=self.is_global_zero)
+        return copies[0] if copies else None
 
     def teardown(self) -> None:
         self._engine = None
