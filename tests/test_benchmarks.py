@@ -21,3 +21,20 @@ def test_train_step_compares_both_models_and_writes_its_table(tmp_path: Path) ->
     text = output.read_text(encoding="utf-8")
     for part in ("- command: `python benchmarks/train_step.py --quick", "- commit: ", "| ours float32 |", "### Peak memory"):
         assert part in text
+
+
+@pytest.mark.slow
+def test_dataloader_measures_every_part_and_writes_its_table(tmp_path: Path) -> None:
+    output = tmp_path / "dataloader.md"
+    command = [sys.executable, "benchmarks/dataloader.py", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    for part in (
+        "- command: `python benchmarks/dataloader.py --quick",
+        "| useful share",
+        "| packed rows",
+        "| resident memory",
+        "| webdataset |",
+    ):
+        assert part in text

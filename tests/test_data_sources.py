@@ -54,9 +54,10 @@ def _tokens(module: CSMDataModule) -> torch.Tensor:
     return torch.cat([batch.tokens for batch in module.train_dataloader()])
 
 
-def test_memory_url_read_by_ranges_gives_the_same_batches(make, local: Path, in_memory: str):
+def test_urls_read_by_ranges_give_the_same_batches(make, local: Path, in_memory: str):
     expected = _tokens(make(str(local)))
     assert torch.equal(_tokens(make(in_memory, verify="size")), expected)
+    assert torch.equal(_tokens(make(f"file://{local}", verify="size")), expected)
     assert fsspec.filesystem("memory").glob("/bucket/data/train/lengths-*")  # the next run need not measure
 
 
