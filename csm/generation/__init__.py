@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from csm.generation.decoding import DepthLoop, FrameDecoder, decode_frames, iterate_frames
+from csm.generation.decoding import DepthLoop, FrameDecoder, FrameLoop, decode_frames, iterate_frames
 
 if TYPE_CHECKING:
     from csm.generation.generator import GeneratedCodes, Generator, Request
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DepthLoop",
     "FrameDecoder",
+    "FrameLoop",
     "GeneratedCodes",
     "Generator",
     "Request",

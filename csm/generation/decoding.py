@@ -1,13 +1,15 @@
 """The frame loop: one backbone step and K-1 depth steps for every 80 ms, over static caches.
 
-Two parts. `DepthLoop` completes a frame from the backbone's hidden state and codebook 0; it is where the time goes, so its
-weights are copied once into the form its steps want, and a step is a fixed handful of operator calls with no host sync.
-`FrameDecoder` owns the backbone's cache and yields frames [B, K]. What the rows mean, and sound, is `generator`'s business.
+Two parts. A `FrameLoop` makes one frame: it is where the time goes. `DepthLoop` is the one that always works: the depth
+decoder's weights copied once into the form its steps want, a step a fixed handful of operator calls with no host sync.
+`GraphLoop` records those calls as one CUDA graph; `native.NativeLoop` is machine code for CPUs. `FrameDecoder` owns the
+backbone's cache and yields frames [B, K]. What the rows mean, and sound, is `generator`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,22 @@ from csm.model.csm import CSM
 from csm.model.transformer import KVCache, rope_frequencies
 
 
+class FrameLoop(Protocol):
+    """What a `FrameDecoder` needs of the model between prompts."""
+
+    device: torch.device
+
+    def step(self, embeds: Tensor, cache: KVCache) -> Tensor:
+        """Take one more position a row, embeds [B, D], into the cache; the hidden state [B, D] after it."""
+        ...
+
+    def frame(self, hidden: Tensor, sampler: Sampler, frame_index: int) -> Tensor:
+        """Draw a frame from hidden [B, D]: int64 [B, K]."""
+        ...
+
+
 class DepthLoop:
-    """Draws codebooks 1..K-1 of one frame a row.
+    """Draws the codes of one frame a row, in PyTorch's own operators.
 
     Holds copies of the depth decoder's weights: queries, keys and values in one matrix, the two inputs of SwiGLU in one
     matrix, both laid out [in, out] and with the norm before them folded in; and the audio table already projected D -> E,
@@ -32,6 +48,7 @@ class DepthLoop:
     @torch.no_grad()
     def __init__(self, model: CSM) -> None:
         config = model.config.depth_decoder
+        self._backbone, self._codebook0_head = model.backbone, model.codebook0_head
         self.num_codebooks = model.config.num_codebooks
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.width, self.ffn_width, self.eps = config.width, config.ffn_width, config.norm_eps
@@ -78,6 +95,14 @@ class DepthLoop:
                 views.append((keys[:, :, new], values[:, :, new], keys[:, :, seen], values[:, :, seen]))
             self._slots.append(views)
         self._batch_size = batch_size
+
+    @torch.no_grad()
+    def step(self, embeds: Tensor, cache: KVCache) -> Tensor:
+        return self._backbone(embeds[:, None], cache=cache)[:, 0]
+
+    @torch.no_grad()
+    def frame(self, hidden: Tensor, sampler: Sampler, frame_index: int) -> Tensor:
+        return self.run(hidden, sampler.draw(self._codebook0_head(hidden), frame_index, 0), sampler, frame_index)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, code0: Tensor, sampler: Sampler, frame_index: int) -> Tensor:
@@ -145,6 +170,49 @@ def _fold(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.detach().float() * scale.detach().float()).to(weight.dtype).T.contiguous()
 
 
+class GraphLoop(DepthLoop):
+    """The same calls for a frame, recorded once as a CUDA graph and replayed: one launch instead of thousands.
+
+    Inputs and outputs are static buffers; the backbone's step stays eager, because its cache grows. Recorded anew when the
+    batch size or the sampling settings change. Unchecked: no GPU was at hand when this was written.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: CSM) -> None:
+        super().__init__(model)
+        if self.device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs the model on a CUDA device, it is on {self.device}")
+        self._recorded: tuple[int, float, int, bool] | None = None
+        self._graph = torch.cuda.CUDAGraph()
+
+    @torch.no_grad()
+    def frame(self, hidden: Tensor, sampler: Sampler, frame_index: int) -> Tensor:
+        settings = (hidden.shape[0], sampler.temperature, sampler.top_k, sampler.forbids_eos(frame_index))
+        if settings != self._recorded:
+            self._record(hidden, sampler, frame_index)
+            self._recorded = settings
+        self._hidden.copy_(hidden)
+        noise = sampler.noise_of_frame(frame_index)
+        if noise is not None:
+            self._noise.copy_(noise)
+        self._graph.replay()
+        return self._codes.clone()
+
+    def _record(self, hidden: Tensor, sampler: Sampler, frame_index: int) -> None:
+        self._hidden = hidden.clone()
+        self._noise = torch.zeros(self.num_codebooks, hidden.shape[0], device=self.device)
+        fixed = sampler.with_noise(self._noise, forbids_eos=sampler.forbids_eos(frame_index))
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # libraries load and caches come to life outside the recording
+            for _ in range(2):
+                super().frame(self._hidden, fixed, 0)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._codes = super().frame(self._hidden, fixed, 0)
+
+
 class FrameDecoder:
     """Yields the frames of a batch of prompts.
 
@@ -152,17 +220,17 @@ class FrameDecoder:
         model: float32 or bfloat16.
         batch_size: B.
         max_positions: room in the backbone's cache, prompt and frames together.
-        depth: a `DepthLoop` of the same model to share; None makes one.
+        loop: of the same model; None makes a `DepthLoop`.
 
     Attributes:
         unheard: int64 [B, K], the newest frame, which the backbone has not taken in yet; None before the first.
         has_ended: bool [B], rows whose EOS came.
     """
 
-    def __init__(self, model: CSM, *, batch_size: int, max_positions: int, depth: DepthLoop | None = None) -> None:
+    def __init__(self, model: CSM, *, batch_size: int, max_positions: int, loop: FrameLoop | None = None) -> None:
         weight = model.projection.weight
         self.model = model
-        self.depth = DepthLoop(model) if depth is None else depth
+        self.loop = DepthLoop(model) if loop is None else loop
         self.cache = KVCache(model.config.backbone, batch_size, max_positions, device=weight.device, dtype=weight.dtype)
         self.unheard: Tensor | None = None
         self.has_ended = torch.zeros(batch_size, dtype=torch.bool, device=weight.device)
@@ -200,8 +268,7 @@ class FrameDecoder:
         self.has_ended = torch.zeros_like(self.has_ended)
         for frame_index in range(max_frames):
             hidden = self._hear()
-            code0 = sampler.draw(self.model.codebook0_head(hidden), frame_index, 0)
-            frame = self.depth.run(hidden, code0, sampler, frame_index)
+            frame = self.loop.frame(hidden, sampler, frame_index)
             self.unheard = frame
             is_finite = torch.isfinite(hidden).all()
             if stop_at_eos:
@@ -220,7 +287,7 @@ class FrameDecoder:
         if self.unheard is not None:
             table = self.model.audio_embeddings.weight
             embeds = F.embedding_bag(self.model.table_index(self.unheard), table, mode="sum")  # [B, D]
-            self._hidden = self.model.backbone(embeds[:, None], cache=self.cache)[:, 0]
+            self._hidden = self.loop.step(embeds, self.cache)
             self.unheard = None
         assert self._hidden is not None
         return self._hidden
@@ -236,13 +303,16 @@ def iterate_frames(
     temperature: float = 0.9,
     top_k: int = 50,
     stop_at_eos: bool = True,
-    depth: DepthLoop | None = None,
+    min_frames: int = 0,
+    loop: FrameLoop | None = None,
 ) -> Iterator[Tensor]:
     """Check a batch of prompts, then yield their frames int64 [B, K] one at a time; see `FrameDecoder.frames`.
 
     Args:
         tokens, mask: [B, T, K+1]; padding rows are masked whole and may stand on either side.
         seeds: one a row; a row's frames depend on its own prompt and seed only.
+        min_frames: no row ends before; see `Sampler`.
+        loop: of this model; None makes a `DepthLoop`.
     Raises:
         ValueError: if shapes do not fit, a prompt is empty, or prompt and frames exceed the window.
     """
@@ -252,8 +322,8 @@ def iterate_frames(
             f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)}: expected [B, T, {config.num_codebooks + 1}] for both, "
             f"{config.num_codebooks} codebooks and the text column"
         )
-    if max_frames < 1:
-        raise ValueError(f"max_frames={max_frames}: expected at least 1")
+    if max_frames < 1 or min_frames > max_frames:
+        raise ValueError(f"max_frames={max_frames}, min_frames={min_frames}: expected at least 1 frame, and not fewer than min_frames")
     device = model.projection.weight.device
     tokens, mask = pad_left(tokens.to(device), mask.to(device))
     num_positions = tokens.shape[1] + max_frames - 1  # the last frame is never heard
@@ -262,8 +332,8 @@ def iterate_frames(
             f"a prompt of {tokens.shape[1]} positions and {max_frames} frames do not fit the window of {config.max_seq_len}; "
             "shorten the prompt or ask for fewer frames"
         )
-    sampler = Sampler(seeds, max_frames, config.num_codebooks, temperature=temperature, top_k=top_k, device=device)
-    decoder = FrameDecoder(model, batch_size=tokens.shape[0], max_positions=num_positions, depth=depth)
+    sampler = Sampler(seeds, max_frames, config.num_codebooks, temperature=temperature, top_k=top_k, min_frames=min_frames, device=device)
+    decoder = FrameDecoder(model, batch_size=tokens.shape[0], max_positions=num_positions, loop=loop)
     decoder.prefill(tokens, mask)
     return decoder.frames(sampler, max_frames, stop_at_eos=stop_at_eos)
 

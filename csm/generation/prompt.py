@@ -132,6 +132,17 @@ def max_frames_from_duration(max_duration_s: float) -> int:
     return max(1, frames_from_seconds(max_duration_s))
 
 
+def min_frames_from_duration(min_duration_s: float) -> int:
+    """Frames of the shortest reply; 0 leaves its end to the model.
+
+    Raises:
+        ValueError: if it is negative, or not a number.
+    """
+    if not 0 <= min_duration_s < float("inf"):
+        raise ValueError(f"min_duration_s={min_duration_s}: expected a number of seconds from 0")
+    return frames_from_seconds(min_duration_s)
+
+
 def pad_prompts(prompts: Sequence[Rows]) -> tuple[Tensor, Tensor]:
     """Lay prompts side by side, shorter ones padded on the left: tokens and mask [B, T, K+1]."""
     width = max(len(rows) for rows in prompts)

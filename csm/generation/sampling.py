@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class Sampler:
     Args:
         seeds: one a row.
         max_frames: frames that can be drawn.
+        min_frames: before that many, codebook 0 is never 0, so that no frame is EOS. (Of Mimi's codes, one cannot come then.)
     Raises:
         ValueError: if a setting is out of range.
     """
@@ -67,23 +69,45 @@ class Sampler:
         *,
         temperature: float,
         top_k: int,
+        min_frames: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         check_sampling(temperature, top_k)
+        self.min_frames = min_frames
         self.num_codebooks = num_codebooks
         self.temperature = temperature
         self.top_k = top_k
         self._noise: list[list[Tensor | None]] = []
+        self._frames: list[Tensor] = []
         if temperature > 0:
             rows = [uniform_noise(seed, max_frames, num_codebooks) for seed in seeds]
             noise = torch.stack(rows, dim=-1).to(device)  # [F, K, B]
-            self._noise = [list(frame.unbind(0)) for frame in noise.unbind(0)]  # views; indexing a tensor costs more than a list
+            self._frames = list(noise.unbind(0))
+            self._noise = [list(frame.unbind(0)) for frame in self._frames]  # views; indexing a tensor costs more than a list
         else:
             self._noise = [[None] * num_codebooks] * max_frames
 
     def draw(self, logits: Tensor, frame: int, codebook: int) -> Tensor:
         """Codes int64 [B] from logits [B, V]."""
+        if codebook == 0 and self.forbids_eos(frame):
+            logits = logits.clone()
+            logits[:, 0] = -math.inf
         return sample_topk(logits, self._noise[frame][codebook], self.temperature, self.top_k)
+
+    def forbids_eos(self, frame: int) -> bool:
+        return frame < self.min_frames
+
+    def noise_of_frame(self, frame: int) -> Tensor | None:
+        """Float32 [K, B], contiguous; None when greedy."""
+        return self._frames[frame] if self._frames else None
+
+    def with_noise(self, noise: Tensor, *, forbids_eos: bool) -> Sampler:
+        """The same settings for one frame whose noise [K, B] is read from a buffer that is filled later."""
+        other = copy(self)
+        other.min_frames = int(forbids_eos)
+        if self.temperature > 0:
+            other._frames, other._noise = [noise], [list(noise.unbind(0))]
+        return other
 
 
 def check_sampling(temperature: float, top_k: int) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from csm.frames import Rows, Turn, audio_rows
 from csm.generation.decoding import FrameDecoder
+from csm.generation.request import GeneratedCodes, Request
 from csm.generation.sampling import Sampler
+from csm.generation.speech import Speech
 
 if TYPE_CHECKING:
     from csm.generation.generator import Generator
@@ -30,7 +32,7 @@ class Session:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         config = generator.model.config
-        self._decoder = FrameDecoder(generator.model, batch_size=1, max_positions=config.max_seq_len, depth=generator.depth_loop())
+        self._decoder = FrameDecoder(generator.model, batch_size=1, max_positions=config.max_seq_len, loop=generator.frame_loop())
         self._turns: list[Turn] = []  # with codes
         self._rows: list[Rows] = []  # of each turn, EOS row included
         self._unheard: list[Rows] = []  # rows of the turns that are not in the cache yet, in order
@@ -61,8 +63,6 @@ class Session:
 
         What is wrong with the arguments is raised here, before the first chunk is asked for.
         """
-        from csm.generation.generator import Request
-
         request = Request(text=text, speaker=speaker, **options)
         reply = self._generator.prompts.reply_rows(text, speaker)
         num_dropped = self._generator.prompts.num_to_drop([len(rows) for rows in self._rows], len(reply), request.max_frames)
@@ -71,23 +71,23 @@ class Session:
             self._start_over()
         return self._stream(request, reply, num_dropped)
 
-    def _stream(self, request: Any, reply: Rows, num_dropped: int) -> Iterator[Tensor]:
-        from csm.generation.generator import GeneratedCodes, Speech
-
+    def _stream(self, request: Request, reply: Rows, num_dropped: int) -> Iterator[Tensor]:
         generator, decoder = self._generator, self._decoder
         device = generator.model.projection.weight.device
         sampler = Sampler(
-            [request.seed],
+            [request.seed or 0],
             request.max_frames,
             generator.model.config.num_codebooks,
             temperature=request.temperature,
             top_k=request.top_k,
+            min_frames=request.min_frames,
             device=device,
         )
-        speech = Speech(generator.codec, generator.watermarker)
+        speech = Speech(generator.codec, generator.watermarker, trim_silence=request.trim_silence)
+        guard = request.guard()
         rows = Rows.concatenate([*self._unheard, reply])
         frames: list[Tensor] = []
-        is_whole = False
+        is_whole = is_loop = False
         try:
             decoder.prefill(rows.tokens[None].to(device), rows.mask[None].to(device))
             self._unheard = []
@@ -96,6 +96,9 @@ class Session:
                 chunk = speech.push(batch[0])
                 if chunk.numel():
                     yield chunk
+                is_loop = guard is not None and guard.push(frames[-1])
+                if is_loop:
+                    break
             is_whole = True
         except GeneratorExit:
             is_whole = True
@@ -106,7 +109,7 @@ class Session:
             else:
                 self._start_over()
         codes = torch.stack(frames) if frames else torch.zeros(0, sampler.num_codebooks, dtype=torch.int64)
-        generator.last = GeneratedCodes(codes, len(frames) < request.max_frames, request.seed, num_dropped)
+        generator.last = GeneratedCodes.of(request, codes, num_dropped, is_loop=is_loop)
         chunk = speech.finish()
         if chunk.numel():
             yield chunk
@@ -115,7 +118,7 @@ class Session:
         self._turns.append(turn)
         self._rows.append(rows)
 
-    def _remember_reply(self, request: Any, reply: Rows, frames: list[Tensor]) -> None:
+    def _remember_reply(self, request: Request, reply: Rows, frames: list[Tensor]) -> None:
         """Keep what was said; the newest frame and the EOS row are not in the cache yet."""
         if not frames:
             self._start_over()  # nothing was said, so its text must not stay either

@@ -1,0 +1,568 @@
+// One frame of a CSM on CPU cores: the backbone's step over its cache, and the depth decoder's K-1 steps with sampling.
+//
+// csm/generation/native.py packs the weights, compiles this file with the system's compiler and calls it. A step at batch 1
+// reads every weight once and does little with it, so all is laid out for reading: weights in panels of 32 outputs that
+// follow one another in memory, norms folded into the product behind them, no temporaries outside the caches. Products of
+// float32 weights run in float32; weights in bfloat16 or int8 meet activations rounded to bfloat16 and sum in float32, in
+// AMX tiles where the machine has them. A row's result does not depend on the other rows, nor on the number of threads.
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#define CSM_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
+
+constexpr int PANEL = 32;
+
+// The structures below are mirrored, field by field, by ctypes structures in native.py.
+enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+
+struct Linear {  // weight: FLOAT32 [out / 32][in][32]; others [out / 32][in / 32][2][16 pairs of inputs][16 outputs][2]
+    const void* weight;
+    const float* scale;  // [out], INT8 only
+    int64_t in, out, kind;  // in and out padded to multiples of 32
+};
+
+struct Layer {
+    Linear qkv, output, gate_up, down;  // gate_up: a panel is 16 gates and their 16 ups
+};
+
+struct Stack {
+    const Layer* layers;
+    const float *cos, *sin;  // [positions, head_dim / 2]
+    const float* last_scale;  // [width]; null: folded into what follows
+    int64_t num_layers, width, num_heads, num_kv_heads, head_dim;
+    float eps;
+};
+
+struct Cache {  // [layers][B][kv heads][max_len][head_dim]
+    void *keys, *values;
+    int64_t is_bfloat16, batch_size, max_len;
+};
+
+struct Depth {
+    Stack stack;
+    const Linear* heads;  // K: codebook 0's on the backbone's state, then K-1 with the last norm folded in
+    Linear projection;
+    const void* tables;  // [K][V][E], projected
+    int64_t tables_are_bfloat16, num_codebooks, vocab_size;
+};
+
+static float from_bfloat16(uint16_t value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+static uint16_t to_bfloat16(float value) {  // round to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static void store(float& place, float value) { place = value; }
+static void store(uint16_t& place, float value) { place = to_bfloat16(value); }
+static float load(float value) { return value; }
+static float load(uint16_t value) { return from_bfloat16(value); }
+static v16 load16(const float* from) { return *(const v16*)from; }
+static v16 load16(const uint16_t* from) { return (v16)(__builtin_convertvector(*(const h16*)from, u16) << 16); }
+
+static v16 exp16(v16 x) {  // Cephes' expf: relative error below 2e-7 in the range kept
+    const v16 low = v16{} - 87.0f, high = v16{} + 88.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    v16 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+    v16 n = shifted - 12582912.0f;
+    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i16 power = ((i16)shifted - 0x4b400000 + 127) << 23;
+    return p * (v16)power;
+}
+
+class Barrier {
+   public:
+    explicit Barrier(int size) : size_(size) {}
+    void wait() {
+        if (size_ == 1) return;
+        int phase = phase_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+            if (spins > 2000) sched_yield();  // someone else wants the core
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+
+   private:
+    const int size_;
+    std::atomic<int> arrived_{0}, phase_{0};
+};
+
+struct Team {
+    int index, size;
+    Barrier* barrier;
+    void range(int64_t count, int64_t& first, int64_t& last) const {
+        first = count * index / size;
+        last = count * (index + 1) / size;
+    }
+};
+
+// What one thread keeps to itself.
+struct Scratch {
+    std::vector<float> normed, laid, scores, candidates;
+    std::vector<uint16_t> narrow;
+    std::vector<int> places;
+    alignas(64) float tile[16 * PANEL];
+    alignas(64) uint16_t wide[2][2 * 16 * PANEL];
+    int tile_rows = 0;
+};
+
+static bool use_amx = false;
+
+// R rows by one panel; x: [in][R], side by side, so that a step's inputs share a cache line.
+template <int R>
+static void block_float32(const float* weight, const float* x, int64_t in, float* out) {
+    v16 sums[R][2] = {};
+    for (int64_t i = 0; i < in; ++i) {
+        // 2 kB ahead, over the end of the panel into what is read next: at 8 rows 30 instead of 26 GB/s.
+        __builtin_prefetch(weight + PANEL * i + 512);
+        __builtin_prefetch(weight + PANEL * i + 528);
+        const v16 w0 = load16(weight + PANEL * i), w1 = load16(weight + PANEL * i + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const v16 value = v16{} + x[i * R + r];
+            sums[r][0] += w0 * value;
+            sums[r][1] += w1 * value;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        *(v16*)(out + r * PANEL) = sums[r][0];
+        *(v16*)(out + r * PANEL + 16) = sums[r][1];
+    }
+}
+
+static int rows_in_block(int rows) { return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// Rows of x one block after the other, each [in][rows of the block].
+static void lay_side_by_side(const float* x, int64_t stride, int64_t in, int rows, std::vector<float>& laid) {
+    laid.resize(size_t(rows) * in);
+    float* to = laid.data();
+    while (rows > 0) {
+        const int taken = rows_in_block(rows);
+        for (int64_t i = 0; i < in; ++i)
+            for (int r = 0; r < taken; ++r) *to++ = x[r * stride + i];
+        rows -= taken, x += taken * stride;
+    }
+}
+
+static void rows_float32(const float* weight, const float* x, int64_t in, int rows, float* out) {
+    while (rows > 0) {
+        const int taken = rows_in_block(rows);
+        if (taken == 8) block_float32<8>(weight, x, in, out);
+        else if (taken == 4) block_float32<4>(weight, x, in, out);
+        else if (taken == 2) block_float32<2>(weight, x, in, out);
+        else block_float32<1>(weight, x, in, out);
+        rows -= taken, x += taken * in, out += taken * PANEL;
+    }
+}
+
+// Without tiles: the same products, written out. x: bfloat16 [rows][in].
+static void rows_narrow(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out) {
+    for (int r = 0; r < rows; ++r, x += linear.in, out += PANEL) {
+        v16 sums[2] = {};
+        for (int64_t block = 0; block < linear.in / 32; ++block)
+            for (int half = 0; half < 2; ++half)
+                for (int pair = 0; pair < 16; ++pair) {
+                    const int64_t at = ((block * 2 + half) * 16 + pair) * 32;
+                    v16 even, odd;
+                    if (linear.kind == BFLOAT16) {
+                        const u16 both = *(const u16*)(panel + at * 2);
+                        even = (v16)(both << 16), odd = (v16)(both & 0xffff0000u);
+                    } else {
+                        for (int o = 0; o < 16; ++o) even[o] = ((const int8_t*)panel)[at + 2 * o], odd[o] = ((const int8_t*)panel)[at + 2 * o + 1];
+                    }
+                    sums[half] += even * from_bfloat16(x[block * 32 + 2 * pair]);
+                    sums[half] += odd * from_bfloat16(x[block * 32 + 2 * pair + 1]);
+                }
+        *(v16*)out = sums[0], *(v16*)(out + 16) = sums[1];
+    }
+}
+
+#ifdef CSM_AMX
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+static void set_tiles(int rows, Scratch& scratch) {
+    if (scratch.tile_rows == rows) return;
+    scratch.tile_rows = rows;
+    TileConfig config;
+    for (int tile : {0, 1, 2}) config.rows[tile] = rows, config.bytes[tile] = 64;  // sums of 32 outputs, inputs
+    for (int tile : {4, 5}) config.rows[tile] = 16, config.bytes[tile] = 64;  // weights
+    _tile_loadconfig(&config);
+}
+
+// 512 int8 as bfloat16, which holds whole numbers up to 256.
+static void widen(const int8_t* from, uint16_t* to) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 512; i += 32) {
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(from + i))));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(from + i + 16))));
+        _mm512_store_si512((__m512i*)(to + i), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+// At most 16 rows of x, bfloat16 [rows][in], by one panel.
+static void rows_amx(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out, Scratch& scratch) {
+    set_tiles(rows, scratch);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t block = 0; block < linear.in / 32; ++block) {
+        _tile_loadd(2, x + block * 32, linear.in * 2);
+        if (linear.kind == BFLOAT16) {
+            _tile_loadd(4, panel + block * 2048, 64);
+            _tile_loadd(5, panel + block * 2048 + 1024, 64);
+        } else {
+            uint16_t* wide = scratch.wide[block & 1];
+            widen((const int8_t*)panel + block * 1024, wide);
+            widen((const int8_t*)panel + block * 1024 + 512, wide + 512);
+            _tile_loadd(4, wide, 64);
+            _tile_loadd(5, wide + 512, 64);
+        }
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_dpbf16ps(1, 2, 5);
+    }
+    _tile_stored(0, out, PANEL * 4);
+    _tile_stored(1, out + 16, PANEL * 4);
+}
+#endif
+
+// This thread's share of a product. x: [rows][stride], stride >= in; `then(panel, row, sums)` takes 32 sums at a time.
+template <class Then>
+static void multiply(const Linear& linear, const float* x, int64_t stride, int rows, const Team& team, Scratch& scratch, Then then) {
+    int64_t first, last;
+    team.range(linear.out / PANEL, first, last);
+    if (linear.kind == FLOAT32) {
+        lay_side_by_side(x, stride, linear.in, rows, scratch.laid);
+    } else {
+        scratch.narrow.resize(size_t(rows) * linear.in);
+        for (int r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < linear.in; ++i) scratch.narrow[r * linear.in + i] = to_bfloat16(x[r * stride + i]);
+    }
+    const int64_t panel_bytes = linear.in * PANEL * (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
+    for (int64_t p = first; p < last; ++p) {
+        const char* panel = (const char*)linear.weight + p * panel_bytes;
+        for (int start = 0; start < rows; start += 16) {
+            const int taken = std::min(16, rows - start);
+            if (linear.kind == FLOAT32)
+                rows_float32((const float*)panel, scratch.laid.data() + start * linear.in, linear.in, taken, scratch.tile);
+#ifdef CSM_AMX
+            else if (use_amx)
+                rows_amx(linear, panel, scratch.narrow.data() + start * linear.in, taken, scratch.tile, scratch);
+#endif
+            else
+                rows_narrow(linear, panel, scratch.narrow.data() + start * linear.in, taken, scratch.tile);
+            for (int r = 0; r < taken; ++r) {
+                v16* sums = (v16*)(scratch.tile + r * PANEL);
+                if (linear.kind == INT8) {
+                    sums[0] *= *(const v16*)(linear.scale + p * PANEL);
+                    sums[1] *= *(const v16*)(linear.scale + p * PANEL + 16);
+                }
+                then(p, start + r, sums);
+            }
+        }
+    }
+}
+
+static int64_t padded(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL; }
+
+// Rows of x divided by their root mean square, every thread for itself.
+static const float* normalise(const float* x, int64_t stride, int rows, int64_t width, float eps, const float* scale, Scratch& scratch) {
+    scratch.normed.resize(size_t(rows) * stride);
+    for (int r = 0; r < rows; ++r) {
+        v16 squares = {};
+        for (int64_t i = 0; i < stride; i += 16) squares += *(const v16*)(x + r * stride + i) * *(const v16*)(x + r * stride + i);
+        float sum = 0;
+        for (int lane = 0; lane < 16; ++lane) sum += squares[lane];
+        const float factor = 1.0f / std::sqrt(sum / width + eps);
+        for (int64_t i = 0; i < stride; ++i) scratch.normed[r * stride + i] = x[r * stride + i] * factor * (scale && i < width ? scale[i] : 1.0f);
+    }
+    return scratch.normed.data();
+}
+
+struct Rows {  // what the threads share: rows of one step
+    std::vector<float> x, qkv, attended, inner;
+    int64_t stride, qkv_stride, attended_stride, inner_stride;
+    Rows(const Stack& stack, int rows) {
+        stride = padded(stack.width);
+        qkv_stride = padded((stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim);
+        attended_stride = stack.layers[0].output.in;
+        inner_stride = stack.layers[0].down.in;
+        x.assign(rows * stride, 0), qkv.assign(rows * qkv_stride, 0);
+        attended.assign(rows * attended_stride, 0), inner.assign(rows * inner_stride, 0);
+    }
+};
+
+static void turn(float* head, const float* cos, const float* sin, int64_t head_dim) {
+    for (int64_t i = 0; i < head_dim / 2; ++i) {
+        const float a = head[2 * i], b = head[2 * i + 1];
+        head[2 * i] = a * cos[i] - b * sin[i];
+        head[2 * i + 1] = a * sin[i] + b * cos[i];
+    }
+}
+
+// Attention of one (row of the batch, kv head): num_new positions from `position` on; keys before `start` are padding.
+template <class Number>
+static void attend(const Stack& stack, const Cache& cache, Rows& rows, int64_t layer, int64_t b, int64_t kv_head, int num_new,
+                   int64_t position, int64_t start, Scratch& scratch) {
+    const int64_t head_dim = stack.head_dim, group = stack.num_heads / stack.num_kv_heads, half = head_dim / 2;
+    const int64_t offset = ((layer * cache.batch_size + b) * stack.num_kv_heads + kv_head) * cache.max_len * head_dim;
+    Number* keys = (Number*)cache.keys + offset;
+    Number* values = (Number*)cache.values + offset;
+    for (int n = 0; n < num_new; ++n) {
+        float* qkv = rows.qkv.data() + (b * num_new + n) * rows.qkv_stride;
+        float* key = qkv + (stack.num_heads + kv_head) * head_dim;
+        const float* value = key + stack.num_kv_heads * head_dim;
+        const int64_t at = position + n;
+        turn(key, stack.cos + (at - start) * half, stack.sin + (at - start) * half, head_dim);
+        for (int64_t i = 0; i < head_dim; ++i) store(keys[at * head_dim + i], key[i]), store(values[at * head_dim + i], value[i]);
+    }
+    const float scale = 1.0f / std::sqrt(float(head_dim));
+    scratch.scores.resize(cache.max_len);
+    float* scores = scratch.scores.data();
+    for (int n = 0; n < num_new; ++n) {
+        const int64_t at = position + n;
+        for (int64_t g = 0; g < group; ++g) {
+            const int64_t head = kv_head * group + g;
+            float* query = rows.qkv.data() + (b * num_new + n) * rows.qkv_stride + head * head_dim;
+            turn(query, stack.cos + (at - start) * half, stack.sin + (at - start) * half, head_dim);
+            float highest = -std::numeric_limits<float>::infinity();
+            for (int64_t s = start; s <= at; ++s) {
+                const Number* key = keys + s * head_dim;
+                v16 lanes = {};
+                int64_t i = 0;
+                for (; i + 16 <= head_dim; i += 16) lanes += load16(query + i) * load16(key + i);
+                float dot = 0;
+                for (int lane = 0; lane < 16; ++lane) dot += lanes[lane];
+                for (; i < head_dim; ++i) dot += query[i] * load(key[i]);
+                scores[s] = dot * scale;
+                highest = std::max(highest, scores[s]);
+            }
+            float total = 0;
+            for (int64_t s = start; s <= at; ++s) total += scores[s] = std::exp(scores[s] - highest);
+            float* out = rows.attended.data() + (b * num_new + n) * rows.attended_stride + head * head_dim;
+            std::fill(out, out + head_dim, 0.0f);
+            for (int64_t s = start; s <= at; ++s) {
+                const float share = scores[s] / total;
+                const Number* value = values + s * head_dim;
+                int64_t i = 0;
+                for (; i + 16 <= head_dim; i += 16) *(v16*)(out + i) += share * load16(value + i);
+                for (; i < head_dim; ++i) out[i] += share * load(value[i]);
+            }
+        }
+    }
+}
+
+// All layers over batch_size * num_new rows; every thread of the team calls it, and it ends with a barrier.
+static void run_layers(const Stack& stack, const Cache& cache, Rows& rows, int batch_size, int num_new, int64_t position, const int64_t* starts,
+                       const Team& team, Scratch& scratch) {
+    const int num_rows = batch_size * num_new;
+    float* x = rows.x.data();
+    const auto add = [&](int64_t panel, int row, v16* sums) {
+        v16* place = (v16*)(x + row * rows.stride + panel * PANEL);
+        place[0] += sums[0], place[1] += sums[1];
+    };
+    for (int64_t index = 0; index < stack.num_layers; ++index) {
+        const Layer& layer = stack.layers[index];
+        const float* normed = normalise(x, rows.stride, num_rows, stack.width, stack.eps, nullptr, scratch);
+        multiply(layer.qkv, normed, rows.stride, num_rows, team, scratch, [&](int64_t panel, int row, v16* sums) {
+            v16* place = (v16*)(rows.qkv.data() + row * rows.qkv_stride + panel * PANEL);
+            place[0] = sums[0], place[1] = sums[1];
+        });
+        team.barrier->wait();
+        int64_t first, last;
+        team.range(batch_size * stack.num_kv_heads, first, last);
+        for (int64_t unit = first; unit < last; ++unit) {
+            const int64_t b = unit / stack.num_kv_heads, kv_head = unit % stack.num_kv_heads, start = starts ? starts[b] : 0;
+            if (cache.is_bfloat16) attend<uint16_t>(stack, cache, rows, index, b, kv_head, num_new, position, start, scratch);
+            else attend<float>(stack, cache, rows, index, b, kv_head, num_new, position, start, scratch);
+        }
+        team.barrier->wait();
+        multiply(layer.output, rows.attended.data(), rows.attended_stride, num_rows, team, scratch, add);
+        team.barrier->wait();
+        normed = normalise(x, rows.stride, num_rows, stack.width, stack.eps, nullptr, scratch);
+        multiply(layer.gate_up, normed, rows.stride, num_rows, team, scratch, [&](int64_t panel, int row, v16* sums) {
+            *(v16*)(rows.inner.data() + row * rows.inner_stride + panel * 16) = sums[0] / (1.0f + exp16(-sums[0])) * sums[1];
+        });
+        team.barrier->wait();
+        multiply(layer.down, rows.inner.data(), rows.inner_stride, num_rows, team, scratch, add);
+        team.barrier->wait();
+    }
+}
+
+// `csm.generation.sampling.sample_topk` for one row.
+static int64_t sample(const float* logits, int64_t size, float uniform, float temperature, int64_t top_k, Scratch& scratch) {
+    if (temperature == 0) return std::max_element(logits, logits + size) - logits;
+    float kth = -std::numeric_limits<float>::infinity();
+    std::vector<float>& candidates = scratch.candidates;
+    std::vector<int>& places = scratch.places;
+    candidates.clear(), places.clear();
+    if (top_k > 0 && top_k < size) {
+        // The k-th highest of the maxima of blocks is at most the k-th highest of all: few are above it.
+        constexpr int64_t BLOCK = 16;
+        if (size / BLOCK > top_k) {
+            for (int64_t i = 0; i + BLOCK <= size; i += BLOCK) candidates.push_back(*std::max_element(logits + i, logits + i + BLOCK));
+            std::nth_element(candidates.begin(), candidates.begin() + top_k - 1, candidates.end(), std::greater<float>());
+            kth = candidates[top_k - 1];
+            candidates.clear();
+        }
+        for (int64_t i = 0; i < size; ++i)
+            if (logits[i] >= kth) candidates.push_back(logits[i]);
+        if (int64_t(candidates.size()) >= top_k) {
+            std::nth_element(candidates.begin(), candidates.begin() + top_k - 1, candidates.end(), std::greater<float>());
+            kth = candidates[top_k - 1];
+        }
+        candidates.clear();
+    }
+    float highest = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < size; ++i)
+        if (logits[i] / temperature >= kth / temperature) {
+            candidates.push_back(logits[i] / temperature);
+            places.push_back(int(i));
+            highest = std::max(highest, candidates.back());
+        }
+    double total = 0;
+    for (float& value : candidates) total += value = std::exp(value - highest);
+    double cumulative = 0;
+    for (size_t i = 0; i < candidates.size(); ++i) {
+        cumulative += candidates[i];
+        if (cumulative > double(uniform) * total) return places[i];
+    }
+    return places.empty() ? 0 : places.back();
+}
+
+template <class Body>
+static void run_team(int num_threads, Body body) {
+    Barrier barrier(num_threads);
+    const auto member = [&](int index) {
+        Scratch scratch;
+        body(Team{index, num_threads, &barrier}, scratch);
+#ifdef CSM_AMX
+        if (scratch.tile_rows) _tile_release();
+#endif
+    };
+    std::vector<std::thread> threads;
+    for (int index = 1; index < num_threads; ++index) threads.emplace_back(member, index);
+    member(0);
+    for (std::thread& thread : threads) thread.join();
+}
+
+extern "C" {
+
+// Ask the kernel for AMX, once a process. Returns whether tiles will be used.
+int csm_init(int allow_amx) {
+#ifdef CSM_AMX
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    use_amx = allow_amx && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#endif
+    return use_amx;
+}
+
+// One position a row through the backbone. embeds, hidden: [B, D]; starts: [B], padding in front of each row, or null.
+void csm_backbone_step(const Stack* stack, const Cache* cache, const float* embeds, float* hidden, int64_t length, const int64_t* starts,
+                       int num_threads) {
+    const int batch_size = int(cache->batch_size);
+    Rows rows(*stack, batch_size);
+    for (int b = 0; b < batch_size; ++b) std::copy_n(embeds + b * stack->width, stack->width, rows.x.data() + b * rows.stride);
+    run_team(num_threads, [&](const Team& team, Scratch& scratch) {
+        run_layers(*stack, *cache, rows, batch_size, 1, length, starts, team, scratch);
+        if (team.index) return;
+        const float* normed = normalise(rows.x.data(), rows.stride, batch_size, stack->width, stack->eps, stack->last_scale, scratch);
+        for (int b = 0; b < batch_size; ++b) std::copy_n(normed + b * rows.stride, stack->width, hidden + b * stack->width);
+    });
+}
+
+// Draw a frame from hidden [B, D]. noise: [K, B], null when greedy; codes: [B, K], written; logits_out: [B, K, V], written,
+// or null.
+void csm_frame(const Depth* depth, const Cache* cache, const float* hidden, const float* noise, float temperature, int64_t top_k,
+               int forbids_eos, int64_t* codes, float* logits_out, int num_threads) {
+    const Stack& stack = depth->stack;
+    const int batch_size = int(cache->batch_size);
+    const int64_t num_codebooks = depth->num_codebooks, vocab_size = depth->vocab_size, width = stack.width;
+    const int64_t hidden_width = depth->projection.in, logits_stride = depth->heads[0].out;
+    Rows rows(stack, 2 * batch_size);
+    std::vector<float> logits(batch_size * logits_stride), outputs(batch_size * rows.stride, 0);
+    const auto keep_logits = [&](int64_t panel, int row, v16* sums) {
+        v16* place = (v16*)(logits.data() + row * logits_stride + panel * PANEL);
+        place[0] = sums[0], place[1] = sums[1];
+    };
+    run_team(num_threads, [&](const Team& team, Scratch& scratch) {
+        multiply(depth->projection, hidden, hidden_width, batch_size, team, scratch, [&](int64_t panel, int row, v16* sums) {
+            v16* place = (v16*)(rows.x.data() + 2 * row * rows.stride + panel * PANEL);
+            place[0] = sums[0], place[1] = sums[1];
+        });
+        for (int64_t step = 0; step < num_codebooks; ++step) {
+            const int num_new = step == 1 ? 2 : 1;  // the hidden state and codebook 0 go in together
+            if (step == 0) {
+                multiply(depth->heads[0], hidden, hidden_width, batch_size, team, scratch, keep_logits);
+            } else {
+                run_layers(stack, *cache, rows, batch_size, num_new, step == 1 ? 0 : step, nullptr, team, scratch);
+                const float* last = rows.x.data();
+                if (num_new == 2) {  // of the two rows, the second predicts
+                    for (int b = team.index; b < batch_size; b += team.size)
+                        std::copy_n(rows.x.data() + (2 * b + 1) * rows.stride, rows.stride, outputs.data() + b * rows.stride);
+                    team.barrier->wait();
+                    last = outputs.data();
+                }
+                const float* normed = normalise(last, rows.stride, batch_size, width, stack.eps, nullptr, scratch);
+                multiply(depth->heads[step], normed, rows.stride, batch_size, team, scratch, keep_logits);
+            }
+            team.barrier->wait();
+            for (int b = team.index; b < batch_size; b += team.size) {
+                float* row = logits.data() + b * logits_stride;
+                if (step == 0 && forbids_eos) row[0] = -std::numeric_limits<float>::infinity();
+                const int64_t code = sample(row, vocab_size, noise ? noise[step * batch_size + b] : 0.0f, temperature, top_k, scratch);
+                codes[b * num_codebooks + step] = code;
+                if (logits_out) std::copy_n(row, vocab_size, logits_out + (b * num_codebooks + step) * vocab_size);
+                if (step + 1 == num_codebooks) continue;
+                float* x = rows.x.data() + (step == 0 ? 2 * b + 1 : b) * rows.stride;
+                const int64_t at = (step * vocab_size + code) * width;
+                for (int64_t i = 0; i < width; ++i)
+                    x[i] = depth->tables_are_bfloat16 ? load(((const uint16_t*)depth->tables)[at + i]) : ((const float*)depth->tables)[at + i];
+            }
+            team.barrier->wait();
+        }
+    });
+}
+}
