@@ -101,7 +101,7 @@ def _decode(path: Path, header: Header, by_channel: bool, max_s: float) -> tuple
     resampler = None
     if header.sample_rate_hz != SAMPLE_RATE_HZ:
         resampler = soxr.ResampleStream(header.sample_rate_hz, SAMPLE_RATE_HZ, num_rows, dtype="float32", quality="HQ")
-    parts: list[np.ndarray] = []
+    audio = _Growing(num_rows, round(header.duration_s * SAMPLE_RATE_HZ) + SAMPLE_RATE_HZ)
     num_samples = num_clipped = 0
     for block in read_blocks(path, header):
         if block.shape[1] != header.num_channels:
@@ -113,15 +113,33 @@ def _decode(path: Path, header: Header, by_channel: bool, max_s: float) -> tuple
             raise Rejected("too_long", f"more than {max_s / 60:g} min (ingest.max_recording_min)")
         num_clipped += int((np.abs(block) >= FULL_SCALE).sum())
         rows = block if by_channel else block.mean(axis=1, keepdims=True, dtype=np.float32)
-        parts.append(rows if resampler is None else resampler.resample_chunk(rows))
+        audio.append(rows if resampler is None else resampler.resample_chunk(rows))
     if num_samples == 0:
         raise Rejected("empty", "no samples in it")
     if resampler is not None:
-        parts.append(resampler.resample_chunk(np.zeros((0, num_rows), np.float32), last=True))
-    audio = np.concatenate([part.reshape(-1, num_rows) for part in parts])
-    if not len(audio):
+        audio.append(resampler.resample_chunk(np.zeros((0, num_rows), np.float32), last=True))
+    if not audio.length:
         raise Rejected("empty", f"{num_samples} samples, less than one at {SAMPLE_RATE_HZ} Hz")
-    return np.ascontiguousarray(audio.T), num_clipped / (num_samples * header.num_channels)
+    return audio.rows[:, : audio.length], num_clipped / (num_samples * header.num_channels)
+
+
+class _Growing:
+    """Blocks joined as they come, [C, S] float32: hours of audio are never held twice where the header tells their length."""
+
+    def __init__(self, num_rows: int, capacity: int) -> None:
+        self.rows = np.empty((num_rows, capacity), np.float32)
+        self.length = 0
+
+    def append(self, block: np.ndarray) -> None:
+        """Take [S, C], or [S] of a single row."""
+        block = block.reshape(-1, len(self.rows))
+        needed = self.length + len(block)
+        if needed > self.rows.shape[1]:
+            grown = np.empty((len(self.rows), 2 * needed), np.float32)
+            grown[:, : self.length] = self.rows[:, : self.length]
+            self.rows = grown
+        self.rows[:, self.length : needed] = block.T
+        self.length = needed
 
 
 def _level(row: np.ndarray, config: IngestConfig) -> float:
