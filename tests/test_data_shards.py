@@ -15,6 +15,7 @@ from csm.data.bad_samples import BadSamples
 from csm.data.corpora import split_folders
 from csm.data.index import ShardIndex
 from csm.data.shards import ShardReader, iter_samples
+from csm.data.storage import sha256_of
 
 CONVERSATIONS = [[(i % 4, "one two", 3 + i % 5), ((i + 1) % 4, "three", 4)] for i in range(40)]
 
@@ -152,6 +153,19 @@ def test_changed_bytes_are_found_on_request(split: Path):
         ShardIndex.load(split).verify()
 
 
+def test_bytes_are_compared_once_until_a_shard_changes(split: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    monkeypatch.setattr("csm.data.index.sha256_of", lambda path: (read.append(path.name), sha256_of(path))[1])
+    index = ShardIndex.load(split)
+    names = sorted(shard.name for shard in index.shards)
+    for expected in (names, []):
+        read.clear()
+        assert index.compare_digests() == {} and sorted(read) == expected
+    _overwrite(split, 0, "codes.npy", b"\x93NUMPX")
+    read.clear()
+    assert list(index.compare_digests()) == read == ["shard-000000.tar"]
+
+
 def test_other_format_version_is_refused(split: Path):
     _edit_index(split, format_version=2)
     with pytest.raises(ValueError, match="format_version 2, this code reads 1"):
@@ -224,3 +238,27 @@ def test_bad_samples_stop_the_run_above_their_share():
         ValueError, match=r"3 of 100 samples are bad, more than data.max_bad_share=0.02; repair them or raise it; the first: first reason"
     ):
         bad.add(7, "third reason")
+
+
+def test_quarantine_is_kept_once_across_starts_and_a_torn_line(tmp_path: Path):
+    def start() -> BadSamples:
+        bad = BadSamples(100, max_share=0.5, name_of=lambda sample: (f"shard-{sample // 10}", f"key-{sample}"))
+        bad.add_shard(range(90, 100), "not there")  # found when the data are opened, at every start
+        bad.keep_in(tmp_path / "run" / "quarantine.jsonl")
+        return bad
+
+    first = start()
+    first.add(5, "torn", at=(0, 3))
+    first.add(7, "torn", at=(1, 2))
+    path = tmp_path / "run" / "quarantine.jsonl"
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [None, "key-5", "key-7"]
+    assert json.loads(lines[0]) == {
+        "shard": "shard-9", "sample": None, "num_samples": 10, "reason": "not there", "epoch": None, "batch": None,
+    }  # fmt: skip
+    path.write_text("\n".join(lines) + '\n{"shard": "sh')  # killed in the middle of a line
+    again = start()
+    again.resume((1, 1), lambda shard, key: int(key.removeprefix("key-")))
+    assert set(again.reasons) == {5, *range(90, 100)}  # 7 was found later than that
+    again.add(7, "torn", at=(1, 2))
+    assert path.read_text().splitlines() == lines

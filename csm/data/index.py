@@ -1,4 +1,4 @@
-"""What a split's `index.json` says, the tables beside its shards, and whether the shards are what they say.
+"""What a split's `index.json` says, and whether its shards are what it says.
 
 The format is docs/data_format.md. A fault of the index itself is refused at once; a fault of one shard is a sentence that
 the caller either raises or keeps, so that training can go on without that shard.
@@ -6,25 +6,19 @@ the caller either raises or keeps, so that training can go on without that shard
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-
-from csm.data.members import MEMBERS
 from csm.data.storage import Folder, LocalFolder, join, open_folder, sha256_of
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
-NO_MEMBER = (-1, -1)  # offset and size
 NUM_HASHING_THREADS = 4  # one reads 1.2 GB/s where the disk does
 _SLOW_BYTES = 20 * 2**30  # to hash this much takes long enough to say so
 
@@ -193,34 +187,6 @@ class ShardIndex:
             raise ValueError(fault)
 
 
-@dataclass
-class SamplesTable:
-    """A `.samples.jsonl` as columns: `counts` [n, 3] (frames, characters, seconds), `members` [n, len(MEMBERS), 2]."""
-
-    keys: list[str]
-    counts: np.ndarray
-    members: np.ndarray
-
-
-def read_tables(index: ShardIndex) -> tuple[list[SamplesTable], dict[str, str]]:
-    """The table of every shard of a split, and, by shard, what is wrong where there is none.
-
-    A shard without a usable table keeps its place: as many samples as the index says, none of which can be read.
-    """
-    tables, faults = [], {}
-    contents = index.folder.read_many([shard.table_name for shard in index.shards])
-    for shard, content in zip(index.shards, contents, strict=True):
-        try:
-            with _no_garbage_collection():
-                tables.append(_parse_table(join(index.folder.place, shard.table_name), content, shard, index.folder))
-        except (FileNotFoundError, ValueError) as error:
-            faults[shard.name] = str(error)
-            keys = [f"{shard.name}#{i}" for i in range(shard.num_samples)]
-            members = np.full((shard.num_samples, len(MEMBERS), 2), -1, np.int64)
-            tables.append(SamplesTable(keys, np.zeros((shard.num_samples, 3)), members))
-    return tables, faults
-
-
 def prep_advice(data: str | Path) -> str:
     return (
         f"point data.path at prepared shards, make the demo corpus with `python -m data_prep prep=demo output={data}` (model=demo), or "
@@ -289,41 +255,6 @@ def _check_size(folder: Folder, shard: ShardEntry, got: int | None) -> None:
             f"shard {path}: {got} bytes, the index says {shard.num_bytes}: it is {fault}; copy it again, or, if it is meant to be so, "
             f"{index_advice(folder)}"
         )
-
-
-def _parse_table(path: str | Path, content: bytes | Exception, entry: ShardEntry, folder: Folder) -> SamplesTable:
-    if isinstance(content, FileNotFoundError):
-        raise FileNotFoundError(f"{path}: not there, expected beside {entry.name}; {index_advice(folder)}") from content
-    if isinstance(content, Exception):
-        raise ValueError(f"{path}: {content}") from content
-    try:
-        # one parse for all lines: twice as fast as one for each
-        lines: list[dict[str, Any]] = json.loads(b"[" + b",".join(content.splitlines()) + b"]")
-        if len(lines) != entry.num_samples:
-            raise ValueError(f"{len(lines)} lines, the index says {entry.num_samples} samples")
-        keys = [line["key"] for line in lines]
-        counts = np.array([(line["num_frames"], line["num_characters"], line["duration_s"]) for line in lines], dtype=np.float64)
-        places = [[line["members"].get(member, NO_MEMBER) for member in MEMBERS] for line in lines]
-        members = np.array(places, dtype=np.int64).reshape(-1, len(MEMBERS), 2)
-        if members.size and (members.sum(axis=2).max() > entry.num_bytes or members.min() < -1):
-            raise ValueError(f"a member lies outside the shard's {entry.num_bytes} bytes")
-        if counts.size and (int(counts[:, 0].sum()) != entry.num_frames or counts.min() < 0):
-            raise ValueError(f"{counts[:, 0].sum():.0f} frames, the index says {entry.num_frames}")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}; {index_advice(folder)}") from error
-    return SamplesTable(keys, counts.reshape(-1, 3), members)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collecting garbage while a million small objects are made takes as long as making them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _read_stamps(folder: LocalFolder, name: str) -> dict[str, int]:

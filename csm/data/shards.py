@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csm.data.index import CodecEntry, SamplesTable, ShardIndex, read_tables
+from csm.data.index import CodecEntry, ShardIndex
 from csm.data.members import HEADER_BYTES, MEMBERS, check_header, parse_codes, parse_meta, parse_turn
 from csm.data.storage import ShardFiles, join
+from csm.data.tables import SamplesTable, read_tables
 from csm.frames import SAMPLE_RATE_HZ, Turn
 
 _MAX_GAP_BYTES = 16_384  # between two members of a sample that are read as one
