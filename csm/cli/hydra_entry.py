@@ -77,7 +77,7 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
         def run(config: DictConfig) -> None:
             # Caught here and not outside: Hydra prints a line of its own for exceptions that leave the task.
             try:
-                _give_own_folder(config)
+                _stand_alone(config)
                 task(_to_object(config, schema))
             except (UsageError, OmegaConfBaseException) as error:
                 _leave(error, _explain(error, schema), status=2)
@@ -156,14 +156,20 @@ def _to_object(config: DictConfig, schema: type[Schema]) -> Schema:
     return built
 
 
-def _give_own_folder(config: DictConfig) -> None:
-    """In a sweep, a run's `run_dir` is the folder that Hydra counts for it; a SLURM job that is queued again goes on there.
+def _stand_alone(config: DictConfig) -> None:
+    """Make a run of a sweep as if it had been started by itself.
+
+    Its `run_dir` is the folder that Hydra counts for it, in which a SLURM job that is queued again goes on. Its command line,
+    which Lightning repeats for further processes, is its own and not the sweep's.
 
     Raises:
         UsageError: `run_dir` is given, which would be the folder of all of them.
     """
     hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN or "run_dir" not in config:
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return
+    sys.argv = [sys.argv[0], *hydra_config.overrides.task]
+    if "run_dir" not in config:
         return
     if config.run_dir is not None:
         raise UsageError(f"run_dir={config.run_dir}: the runs of a sweep need a folder each; say hydra.sweep.dir={config.run_dir} instead")

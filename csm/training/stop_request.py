@@ -42,6 +42,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for number in TIME_LIMIT_SIGNALS:
+            if self._before[number] == signal.SIG_DFL:
+                self._before[number] = signal.SIG_IGN  # a run that is done must not die of it while it closes its files
         self.stop_listening(*self._before)
 
     def listen(self, *numbers: int) -> None:

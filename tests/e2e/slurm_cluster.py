@@ -13,15 +13,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.isolation import QUIET_LOOPBACK, ROOT, inside, why_not_isolated
+from tests.isolation import QUIET_LOOPBACK, inside, why_not_isolated
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip")
 PACKAGES = ("slurm-wlm", "munge", "iproute2")
 # Two nodes are two slurmd on this machine. Without cred_expire a requeued job waits two minutes, without
-# sched_interval half a minute more. Its GPUs are numbers only.
+# sched_interval half a minute more. What its GPUs are is in gres.conf.
 _CONF = """
 ClusterName=t
 SlurmctldHost={host}(127.0.0.1)
@@ -72,10 +72,15 @@ def why_no_slurm() -> str | None:
 
 
 class SlurmCluster:
-    """Starts on entering, ends on leaving; `run` runs a command on its login node."""
+    """Starts on entering, ends on leaving; `run` runs a command on its login node.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: what the daemons write.
+        home: where commands run and jobs are submitted.
+    """
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self.folder, self.home = folder, home
         self._environment = {**os.environ, **QUIET_LOOPBACK, "SLURM_CONF": str(folder / "slurm.conf")}
         del self._environment["MASTER_ADDR"]  # the batch script's to find
         self._environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -91,9 +96,8 @@ class SlurmCluster:
         host = socket.gethostname().split(".")[0]
         (self.folder / "slurm.conf").write_text(_CONF.format(host=host, folder=self.folder), encoding="utf-8")
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + "127.0.0.1 n0 n1\n", encoding="utf-8")
-        for index in range(4):
-            (self.folder / f"gpu{index}").touch()  # what a GPU is to SLURM: a file
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n", encoding="utf-8")
+        devices = ("null", "zero", "random", "urandom")  # what a GPU is to SLURM: a device file
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File=/dev/{name}\n" for name in devices), encoding="utf-8")
         self._first = subprocess.Popen(inside(["sleep", "infinity"]), stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             self._start_daemons()
@@ -107,19 +111,15 @@ class SlurmCluster:
         self._first.kill()  # everything inside goes with it
         self._first.wait(timeout=30)
 
-    def run(
-        self, argv: Sequence[str | os.PathLike[str]], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 30
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, argv: Sequence[str | os.PathLike[str]], *, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """Run a command inside and wait for it."""
         # Entering a mount namespace leaves the working folder: env goes back to it.
-        command = [*self._enter(), "env", f"--chdir={cwd}", *(os.fspath(argument) for argument in argv)]
-        return subprocess.run(
-            command, env={**self._environment, **(env or {})}, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
-        )
+        command = [*self._enter(), "env", f"--chdir={self.home}", *(os.fspath(argument) for argument in argv)]
+        return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
-    def sbatch(self, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
+    def sbatch(self, *arguments: str) -> str:
         """Submit, and return the job's id."""
-        done = self.run(["sbatch", "--parsable", *arguments], cwd=cwd, env=env)
+        done = self.run(["sbatch", "--parsable", *arguments])
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().split(";")[0]
 
@@ -143,6 +143,10 @@ class SlurmCluster:
             if time.monotonic() > give_up_at:
                 raise TimeoutError(f"job {job_id} is {states} after {timeout} s\n{self.log()}")
             time.sleep(0.5)
+
+    def output(self, job_id: str) -> str:
+        """What a job's tasks and batch script printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.home.glob(f"slurm/logs/*-{job_id}[._]*")))
 
     def log(self) -> str:
         """The ends of the daemons' logs."""
