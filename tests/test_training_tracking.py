@@ -20,8 +20,9 @@ import soundfile
 import torch
 from PIL import Image
 
+from csm.cli.hydra_entry import compose
 from csm.cli.train import build_transcriber, main, train
-from csm.config import LoggerConfig, ModelConfig
+from csm.config import LoggerConfig, ModelConfig, TrainConfig
 from csm.data.datamodule import CSMDataModule
 from csm.generation.audio_files import write_audio
 from csm.generation.spectrogram import draw_spectrogram
@@ -419,6 +420,20 @@ def test_file_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
     rows.append({"step": 3, "train/loss": 4.875, "mfu": 0.5})
     assert path.read_text() == "step,train/loss,mfu\n1,5.5,\n2,5.25,\n3,4.875,0.5\n"
     assert [row["step"] for row in kept] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_weights_cut_over_two_processes_speak_as_whole_ones(spoken_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+    common = [argument for argument in TINY if not argument.startswith(("trainer.sample_every", "data.rows_per_batch"))]
+    common += [f"data.path={spoken_data}", "trainer.accelerator=cpu", "trainer.sample_every=1", "trainer.sample_texts=[one two]"]
+    common += ["trainer.max_steps=1", "trainer.validate_every=0"]
+    jobs = [[*common, "trainer=zero3", "trainer.devices=2", "data.rows_per_batch=1", f"run_dir={tmp_path / 'cut'}"]]
+    done = run_isolated([sys.executable, "tests/many_processes.py", "2", json.dumps(jobs)], timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train(compose("train", [*common, "data.rows_per_batch=2", f"run_dir={tmp_path / 'whole'}"], TrainConfig))
+    cut, whole = (tmp_path / name / "samples" / "step_000001_speaker0.wav" for name in ("cut", "whole"))
+    assert cut.read_bytes() == whole.read_bytes()
 
 
 def test_every_logged_key_is_explained(runs: Runs) -> None:

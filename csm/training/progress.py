@@ -66,7 +66,8 @@ def _news(row: dict[str, float]) -> str:
     parts = [f"loss {row['train/loss']:.3f}"] if "train/loss" in row else []
     if "frames_per_s" in row:
         parts.append(f"{row['frames_per_s']:,.0f} frames/s")
-    return "  ".join([*parts, f"{row.get('hours_heard', 0.0):,.2f} h heard"])
+    hours = row.get("hours_heard", 0.0)
+    return "  ".join([*parts, f"{hours:,.0f} h heard" if hours >= 100 else f"{hours:.2f} h heard"])  # fits 80 columns
 
 
 def _validation_news(metrics: dict[str, float]) -> str:
