@@ -5,6 +5,9 @@
 | transformers | Mimi, as `codec_model.*` | Llama-3's, as the processor's files |
 | csm | any, in codec/ | tokenizer.json and its kin |
 | sesame | none | none |
+
+Of a ZeRO checkpoint the float32 weights are taken, which lie in pieces in its zero/ folder: they are put together and written
+one at a time, so that a large model needs no machine that can hold it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from csm.cli.generate import read_json
 from csm.cli.subcommand import add_command
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help is answered without it
+    import torch
+
+    from csm.model.csm import CSM
     from csm.model.pretrained import CodecWeights
+    from csm.model.weights import Source
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -29,28 +36,55 @@ def declare(commands: Any) -> None:
     command.add_argument("source", metavar="SRC", help="a run, a checkpoint folder in any layout, or a hub id")
     command.add_argument("target", type=Path, metavar="DST", help="a folder that does not exist yet, or is empty")
     command.add_argument("--layout", required=True, choices=("transformers", "sesame", "csm"))
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; as stored without it")
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
     from csm.model.pretrained import load_model, resolve_checkpoint, save_model
+    from csm.training.zero_files import FOLDER
 
     source, target, layout = resolve_checkpoint(arguments.source), arguments.target, arguments.layout
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder; name a new one")
-    model = load_model(source, dtype=None)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}[arguments.dtype]
+    is_zero = (source / FOLDER).is_dir()
+    model, pieces = _open_zero(source, dtype) if is_zero else (load_model(source, dtype=dtype), None)
     if layout == "transformers":
         codec, tokenizer = _mimi_of(source), _llama3_files_of(source)
-        save_model(model, target, layout=layout, codec=codec, tokenizer=tokenizer)
+        save_model(model, target, layout=layout, codec=codec, tokenizer=tokenizer, sources=pieces)
         if codec is None:
             print(f"no Mimi in {source}: transformers will start one with random weights")
         if tokenizer is None:
             print(f"no Llama-3 tokenizer in {source}: no processor files written")
     else:
-        save_model(model, target, layout=layout)
+        save_model(model, target, layout=layout, sources=pieces)
     if layout == "csm":
         _copy_companions(source, target, model.config.num_codebooks)
-    print(f"{target}: {model.num_parameters:,} parameters in layout {layout}")
+    print(f"{target}: {model.num_parameters:,} parameters in layout {layout}{', put together from zero/' if is_zero else ''}")
     return 0
+
+
+def _open_zero(source: Path, dtype: torch.dtype | None) -> tuple[CSM, dict[str, Source]]:
+    """A ZeRO checkpoint's model without memory for its weights, and where those come from.
+
+    Raises:
+        ValueError: if a file is not as the manifest says.
+    """
+    import torch
+
+    from csm.model.checkpoint_folder import find_fault
+    from csm.model.csm import CSM
+    from csm.model.pretrained import read_config
+    from csm.training.zero_files import ZeroFiles
+
+    fault = find_fault(source)
+    if fault is not None:
+        raise ValueError(f"{source}: not usable, {fault}; take another checkpoint of the run")
+    with torch.device("meta"):
+        model = CSM(read_config(source))
+    return model, ZeroFiles(source).sources(dtype or torch.float32)
 
 
 def _mimi_of(source: Path) -> CodecWeights | None:
