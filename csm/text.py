@@ -81,7 +81,7 @@ class WordTokenizer(TextTokenizer):
         ids = [self._word_ids.get(piece, self._speaker_ids.get(piece) if i == 0 else None) for i, piece in enumerate(pieces)]
         if None in ids:
             raise ValueError(
-                f"text {text!r} has {pieces[ids.index(None)]!r}, which this model never heard; it knows "
+                f"text {_shortened(text)} has {_shortened(pieces[ids.index(None)])}, which this model never heard; it knows "
                 f"speakers 0-{self.num_speakers - 1} and the words: {' '.join(self.words)}"
             )
         return [i for i in ids if i is not None]
@@ -92,6 +92,11 @@ class WordTokenizer(TextTokenizer):
 
     def settings(self) -> dict[str, object]:
         return {"kind": self.kind, "num_speakers": self.num_speakers, "words": self.words}
+
+
+def _shortened(text: str) -> str:
+    """Quoted, for a message: what is longer than 80 characters by its beginning."""
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}... ({len(text)} characters)"
 
 
 class ByteTokenizer(TextTokenizer):
