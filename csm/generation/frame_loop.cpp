@@ -434,15 +434,23 @@ static void run_layers(const Stack& stack, const Cache& cache, Rows& rows, int b
 // `csm.generation.sampling.sample_topk` for one row.
 static int64_t sample(const float* logits, int64_t size, float uniform, float temperature, int64_t top_k, Scratch& scratch) {
     if (temperature == 0) return std::max_element(logits, logits + size) - logits;
-    float kth = -std::numeric_limits<float>::infinity();
+    constexpr float NOTHING = -std::numeric_limits<float>::infinity();
     std::vector<float>& candidates = scratch.candidates;
     std::vector<int>& places = scratch.places;
     candidates.clear(), places.clear();
+    float kth = NOTHING;
     if (top_k > 0 && top_k < size) {
-        // The k-th highest of the maxima of blocks is at most the k-th highest of all: few are above it.
-        constexpr int64_t BLOCK = 16;
-        if (size / BLOCK > top_k) {
-            for (int64_t i = 0; i + BLOCK <= size; i += BLOCK) candidates.push_back(*std::max_element(logits + i, logits + i + BLOCK));
+        // Split into strips, the k-th highest of their maxima is at most the k-th highest of all, and few are above it.
+        constexpr int64_t STRIPS = 16, GROUP = 16 * STRIPS;
+        if (size / GROUP * STRIPS >= top_k) {
+            for (int64_t i = 0; i + GROUP <= size; i += GROUP) {
+                v16 highest = load16(logits + i);
+                for (int64_t j = 16; j < GROUP; j += 16) {
+                    const v16 next = load16(logits + i + j);
+                    highest = next > highest ? next : highest;
+                }
+                for (int64_t strip = 0; strip < STRIPS; ++strip) candidates.push_back(highest[strip]);
+            }
             std::nth_element(candidates.begin(), candidates.begin() + top_k - 1, candidates.end(), std::greater<float>());
             kth = candidates[top_k - 1];
             candidates.clear();
@@ -455,9 +463,10 @@ static int64_t sample(const float* logits, int64_t size, float uniform, float te
         }
         candidates.clear();
     }
-    float highest = -std::numeric_limits<float>::infinity();
+    const float lowest = kth / temperature, nearly = kth - std::abs(kth) * 1e-6f - 1e-37f;  // what is lower cannot tie once divided
+    float highest = NOTHING;
     for (int64_t i = 0; i < size; ++i)
-        if (logits[i] / temperature >= kth / temperature) {
+        if (!(logits[i] < nearly) && logits[i] / temperature >= lowest) {
             candidates.push_back(logits[i] / temperature);
             places.push_back(int(i));
             highest = std::max(highest, candidates.back());
