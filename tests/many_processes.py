@@ -2,8 +2,8 @@
 
     python tests/many_processes.py <processes> '[["run_dir=out", "trainer=zero2", ...], ...]'
 
-Starting torch and DeepSpeed takes seconds, so tests put several runs into one start. Each run's folder gets `stopped.txt`
-with the message when it ends with an error. Meant for inside `tests.isolation.run_isolated`.
+Starting torch and DeepSpeed takes seconds, so tests put several runs into one start. A run that ends with an error leaves the
+message beside its folder, in `<run_dir>.stopped`. Meant for inside `tests.isolation.run_isolated`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(jobs: list[list[str]]) -> None:
             train(config)
         except (ValueError, OSError) as error:
             if os.environ["RANK"] == "0":
-                (Path(str(config.run_dir)) / "stopped.txt").write_text(str(error), encoding="utf-8")
+                Path(f"{config.run_dir}.stopped").write_text(str(error), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
