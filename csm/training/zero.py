@@ -148,6 +148,7 @@ class ZeroStrategy(DDPStrategy):
         super().__init__(**options)
         self._config = config
         self._engine: Any = None
+        self._hook: Any = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -242,7 +243,9 @@ class ZeroStrategy(DDPStrategy):
         return copies[0] if copies else None
 
     def teardown(self) -> None:
-        self._engine = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._engine = self._hook = None
         super().teardown()
 
     @property
@@ -257,7 +260,7 @@ class ZeroStrategy(DDPStrategy):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=self._process_group_backend, auto_mpi_discovery=False, verbose=False)
         # Ours first: stage 3 finds tensors in tuples, and hooks them, but not in a dataclass.
-        module.model.register_forward_hook(lambda _, __, out: (out.hidden, out.c0_logits, out.depth_logits))
+        self._hook = module.model.register_forward_hook(lambda _, __, out: (out.hidden, out.c0_logits, out.depth_logits))
         num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
         (optimizer,) = module.configure_optimizers()
         engine, *_ = deepspeed.initialize(
