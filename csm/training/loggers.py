@@ -43,14 +43,19 @@ def build_loggers(config: LoggerConfig, run_dir: Path, run_config: TrainConfig) 
     """Loggers besides metrics.csv; none for logger.mode=disabled, which leaves nothing on disk.
 
     Raises:
-        ValueError: if W&B is to be online and nobody is logged in.
+        ValueError: if W&B is to be online and nobody is logged in, or it cannot be reached.
     """
     if config.name != "wandb" or config.mode == "disabled":
         return []
     import wandb
 
-    if config.mode == "online" and not wandb.login(prompt=False):  # False: no credentials anywhere; asks nobody
-        raise ValueError("logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv")
+    if config.mode == "online":
+        try:
+            is_logged_in = wandb.login(prompt=False)  # False: no credentials anywhere; asks nobody
+        except wandb.Error as error:  # it asks the server about the key
+            raise _unreachable(error) from error
+        if not is_logged_in:
+            raise ValueError("logger=wandb: not logged in; run `wandb login`, or set logger.mode=offline, or logger=csv")
     return [WandbRecord(config, run_dir, run_config)]
 
 
@@ -122,7 +127,7 @@ class WandbRecord(Logger):
                 settings=settings,
             )
         except wandb.Error as error:
-            raise ValueError(f"logger=wandb: {error}; set logger.mode=offline to record without W&B's server, or logger=csv") from error
+            raise _unreachable(error) from error
         if self._config.mode == "online":
             self.where = str(self._run.url)
         self._run.define_metric("step", hidden=True)
@@ -170,6 +175,10 @@ class WandbRecord(Logger):
         self._run = None
         if self._owns_staging:
             os.environ.pop(_STAGING_VARIABLE, None)
+
+
+def _unreachable(error: Exception) -> ValueError:
+    return ValueError(f"logger=wandb: {error}; set logger.mode=offline to record without W&B's server, or logger=csv")
 
 
 def last_recorded_step(path: Path) -> int:
