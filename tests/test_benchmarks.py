@@ -38,3 +38,19 @@ def test_dataloader_measures_every_part_and_writes_its_table(tmp_path: Path) -> 
         "| webdataset |",
     ):
         assert part in text
+
+
+@pytest.mark.slow
+def test_checkpoint_measures_every_way_and_writes_its_table(tmp_path: Path) -> None:
+    output = tmp_path / "checkpoint.md"
+    command = [sys.executable, "benchmarks/checkpoint.py", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    for part in (
+        "- command: `python benchmarks/checkpoint.py --quick",
+        "| Lightning's",
+        "| ours, written in the step",
+        "| ours, beside the step |",
+    ):
+        assert part in text

@@ -26,7 +26,7 @@ class Checkpoints(Callback):
     """Saves every `trainer.checkpoint_every` steps, after the last, and when the run is told to stop.
 
     `best.txt` names the saved checkpoint with the lowest validation loss; it needs both at the same step. Pointers move and
-    older ones go only when the new one is on disk. The last save of a run, and one that a signal asks for, is waited for.
+    older ones go only when the new one is on disk. The last save of a run, and one that a signal asks for, are made in the step.
 
     Args:
         writer: the one that the run's checkpoints are written by; None where they are written in the step.
@@ -65,10 +65,10 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
         self._writer.check()
         is_last = module.step == self._config.max_steps or module.should_stop
+        if is_last:
+            self._writer.is_async = False  # nothing goes on meanwhile, so no copies are made
         if is_last or is_due(module.step, self._config.checkpoint_every, self._config.max_steps):
             self._save(trainer, module)
-        if is_last:
-            self._writer.finish()
 
     def on_train_end(self, trainer: Trainer, module: CSMModule) -> None:  # type: ignore[override]
         if self._saved_step != module.step:  # stopped by what came after this callback in the step
