@@ -3,8 +3,9 @@
 // csm/generation/native.py packs the weights, compiles this file with the system's compiler and calls it. A step at batch 1
 // reads every weight once and does little with it, so all is laid out for reading: weights in panels of 32 outputs that
 // follow one another in memory, norms folded into the product behind them, no temporaries outside the caches. Products of
-// float32 weights run in float32; weights in bfloat16 or int8 meet activations rounded to bfloat16 and sum in float32, in
-// AMX tiles where the machine has them. A row's result does not depend on the other rows, nor on the number of threads.
+// float32 weights run in float32; bfloat16 weights meet activations rounded to bfloat16 and sum in float32; int8 weights meet
+// activations as 16-bit fixed point, a scale a row, in two bytes, and sum exactly. The last two run in AMX tiles where the
+// machine has them. A row's result does not depend on the other rows, nor on the number of threads.
 
 #include <sched.h>
 
@@ -17,7 +18,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
 #define CSM_AMX 1
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -27,6 +28,8 @@
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t c16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int PANEL = 32;
@@ -34,10 +37,12 @@ constexpr int PANEL = 32;
 // The structures below are mirrored, field by field, by ctypes structures in native.py.
 enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
-struct Linear {  // weight: FLOAT32 [out / 32][in][32]; others [out / 32][in / 32][2][16 pairs of inputs][16 outputs][2]
+// weight: FLOAT32 [out / 32][in][32], BFLOAT16 [out / 32][in / 32][2][16 pairs of inputs][16 outputs][2], INT8 [out / 32]
+// [in / 64][2][16 fours of inputs][16 outputs][4].
+struct Linear {
     const void* weight;
     const float* scale;  // [out], INT8 only
-    int64_t in, out, kind;  // in and out padded to multiples of 32
+    int64_t in, out, kind;  // out padded to a multiple of 32, in to one of 32, or 64 for INT8
 };
 
 struct Layer {
@@ -139,10 +144,13 @@ struct Team {
 // What one thread keeps to itself.
 struct Scratch {
     std::vector<float> normed, laid, scores, candidates;
-    std::vector<uint16_t> narrow;
+    std::vector<uint16_t> narrow;  // bfloat16 rows
+    std::vector<int8_t> high;  // 16-bit fixed point rows: the upper bytes,
+    std::vector<uint8_t> low;  // the lower bytes,
+    std::vector<float> unit;  // and what their last bit is worth
     std::vector<int> places;
     alignas(64) float tile[16 * PANEL];
-    alignas(64) uint16_t wide[2][2 * 16 * PANEL];
+    alignas(64) int32_t high_sums[16 * PANEL], low_sums[16 * PANEL];
     int tile_rows = 0;
 };
 
@@ -196,24 +204,30 @@ static void rows_float32(const float* weight, const float* x, int64_t in, int ro
 }
 
 // Without tiles: the same products, written out. x: bfloat16 [rows][in].
-static void rows_narrow(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out) {
+static void rows_bfloat16(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out) {
     for (int r = 0; r < rows; ++r, x += linear.in, out += PANEL) {
         v16 sums[2] = {};
         for (int64_t block = 0; block < linear.in / 32; ++block)
             for (int half = 0; half < 2; ++half)
                 for (int pair = 0; pair < 16; ++pair) {
-                    const int64_t at = ((block * 2 + half) * 16 + pair) * 32;
-                    v16 even, odd;
-                    if (linear.kind == BFLOAT16) {
-                        const u16 both = *(const u16*)(panel + at * 2);
-                        even = (v16)(both << 16), odd = (v16)(both & 0xffff0000u);
-                    } else {
-                        for (int o = 0; o < 16; ++o) even[o] = ((const int8_t*)panel)[at + 2 * o], odd[o] = ((const int8_t*)panel)[at + 2 * o + 1];
-                    }
-                    sums[half] += even * from_bfloat16(x[block * 32 + 2 * pair]);
-                    sums[half] += odd * from_bfloat16(x[block * 32 + 2 * pair + 1]);
+                    const u16 both = *(const u16*)(panel + ((block * 2 + half) * 16 + pair) * 64);
+                    sums[half] += (v16)(both << 16) * from_bfloat16(x[block * 32 + 2 * pair]);
+                    sums[half] += (v16)(both & 0xffff0000u) * from_bfloat16(x[block * 32 + 2 * pair + 1]);
                 }
         *(v16*)out = sums[0], *(v16*)(out + 16) = sums[1];
+    }
+}
+
+static void rows_int8(const Linear& linear, const int8_t* panel, const int8_t* high, const uint8_t* low, int rows, Scratch& scratch) {
+    for (int r = 0; r < rows; ++r, high += linear.in, low += linear.in) {
+        int32_t sums[2][PANEL] = {};
+        for (int64_t i = 0; i < linear.in; ++i)
+            for (int o = 0; o < PANEL; ++o) {
+                const int32_t weight = panel[(((i / 64 * 2 + o / 16) * 16 + i % 64 / 4) * 16 + o % 16) * 4 + i % 4];
+                sums[0][o] += weight * high[i], sums[1][o] += weight * low[i];
+            }
+        std::copy_n(sums[0], PANEL, scratch.high_sums + r * PANEL);
+        std::copy_n(sums[1], PANEL, scratch.low_sums + r * PANEL);
     }
 }
 
@@ -228,79 +242,118 @@ static void set_tiles(int rows, Scratch& scratch) {
     if (scratch.tile_rows == rows) return;
     scratch.tile_rows = rows;
     TileConfig config;
-    for (int tile : {0, 1, 2}) config.rows[tile] = rows, config.bytes[tile] = 64;  // sums of 32 outputs, inputs
-    for (int tile : {4, 5}) config.rows[tile] = 16, config.bytes[tile] = 64;  // weights
+    for (int tile = 0; tile < 6; ++tile) config.rows[tile] = rows, config.bytes[tile] = 64;  // sums and inputs
+    for (int tile : {6, 7}) config.rows[tile] = 16, config.bytes[tile] = 64;  // weights of 16 outputs
     _tile_loadconfig(&config);
 }
 
-// 512 int8 as bfloat16, which holds whole numbers up to 256.
-static void widen(const int8_t* from, uint16_t* to) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 512; i += 32) {
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(from + i))));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(from + i + 16))));
-        _mm512_store_si512((__m512i*)(to + i), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-}
-
 // At most 16 rows of x, bfloat16 [rows][in], by one panel.
-static void rows_amx(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out, Scratch& scratch) {
+static void tiles_bfloat16(const Linear& linear, const char* panel, const uint16_t* x, int rows, float* out, Scratch& scratch) {
     set_tiles(rows, scratch);
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t block = 0; block < linear.in / 32; ++block) {
-        _tile_loadd(2, x + block * 32, linear.in * 2);
-        if (linear.kind == BFLOAT16) {
-            _tile_loadd(4, panel + block * 2048, 64);
-            _tile_loadd(5, panel + block * 2048 + 1024, 64);
-        } else {
-            uint16_t* wide = scratch.wide[block & 1];
-            widen((const int8_t*)panel + block * 1024, wide);
-            widen((const int8_t*)panel + block * 1024 + 512, wide + 512);
-            _tile_loadd(4, wide, 64);
-            _tile_loadd(5, wide + 512, 64);
-        }
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 2, 5);
+        _tile_loadd(4, x + block * 32, linear.in * 2);
+        _tile_loadd(6, panel + block * 2048, 64);
+        _tile_loadd(7, panel + block * 2048 + 1024, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
     }
     _tile_stored(0, out, PANEL * 4);
     _tile_stored(1, out + 16, PANEL * 4);
 }
+
+static void tiles_int8(const Linear& linear, const int8_t* panel, const int8_t* high, const uint8_t* low, int rows, Scratch& scratch) {
+    set_tiles(rows, scratch);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t block = 0; block < linear.in / 64; ++block) {
+        _tile_loadd(4, high + block * 64, linear.in);
+        _tile_loadd(5, low + block * 64, linear.in);
+        _tile_loadd(6, panel + block * 2048, 64);
+        _tile_loadd(7, panel + block * 2048 + 1024, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, scratch.high_sums, PANEL * 4);
+    _tile_stored(1, scratch.high_sums + 16, PANEL * 4);
+    _tile_stored(2, scratch.low_sums, PANEL * 4);
+    _tile_stored(3, scratch.low_sums + 16, PANEL * 4);
+}
 #endif
 
-// This thread's share of a product. x: [rows][stride], stride >= in; `then(panel, row, sums)` takes 32 sums at a time.
+// A row as 16-bit fixed point; returns what the last bit is worth. x: [stride], the rest up to `in` is zero.
+static float to_fixed_point(const float* x, int64_t stride, int64_t in, int8_t* high, uint8_t* low) {
+    v16 most = {}, broken = {};
+    for (int64_t i = 0; i < stride; i += 16) {
+        const v16 value = load16(x + i), negative = -value;
+        const v16 size = value > negative ? value : negative;
+        most = size > most ? size : most;
+        broken += value * 0.0f;  // not a number where the row is not finite
+    }
+    float highest = 0, check = 0;
+    for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, most[lane]), check += broken[lane];
+    const float unit = std::max(highest, 1e-30f) / 32767.0f, factor = 1.0f / unit;
+    for (int64_t i = 0; i < stride; i += 16) {
+        const i16 whole = (i16)(load16(x + i) * factor + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23 rounds
+        *(b16*)(high + i) = __builtin_convertvector(whole >> 8, b16);
+        *(c16*)(low + i) = __builtin_convertvector(whole & 255, c16);
+    }
+    std::fill(high + stride, high + in, int8_t(0));
+    std::fill(low + stride, low + in, uint8_t(0));
+    return unit + check;
+}
+
+// This thread's share of a product. x: [rows][stride]; where `in` is more than stride, the rest counts as zero.
+// `then(panel, row, sums)` takes 32 sums at a time.
 template <class Then>
 static void multiply(const Linear& linear, const float* x, int64_t stride, int rows, const Team& team, Scratch& scratch, Then then) {
     int64_t first, last;
     team.range(linear.out / PANEL, first, last);
+    const int64_t in = linear.in;
     if (linear.kind == FLOAT32) {
-        lay_side_by_side(x, stride, linear.in, rows, scratch.laid);
-    } else {
-        scratch.narrow.resize(size_t(rows) * linear.in);
+        lay_side_by_side(x, stride, in, rows, scratch.laid);
+    } else if (linear.kind == BFLOAT16) {
+        scratch.narrow.resize(size_t(rows) * in);
         for (int r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < linear.in; ++i) scratch.narrow[r * linear.in + i] = to_bfloat16(x[r * stride + i]);
+            for (int64_t i = 0; i < in; ++i) scratch.narrow[r * in + i] = to_bfloat16(x[r * stride + i]);
+    } else {
+        scratch.high.resize(size_t(rows) * in), scratch.low.resize(size_t(rows) * in), scratch.unit.resize(rows);
+        for (int r = 0; r < rows; ++r)
+            scratch.unit[r] = to_fixed_point(x + r * stride, std::min(stride, in), in, scratch.high.data() + r * in, scratch.low.data() + r * in);
     }
-    const int64_t panel_bytes = linear.in * PANEL * (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
+    const int64_t panel_bytes = in * PANEL * (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
     for (int64_t p = first; p < last; ++p) {
         const char* panel = (const char*)linear.weight + p * panel_bytes;
         for (int start = 0; start < rows; start += 16) {
             const int taken = std::min(16, rows - start);
-            if (linear.kind == FLOAT32)
-                rows_float32((const float*)panel, scratch.laid.data() + start * linear.in, linear.in, taken, scratch.tile);
+            const int64_t at = start * in;
+            if (linear.kind == FLOAT32) {
+                rows_float32((const float*)panel, scratch.laid.data() + at, in, taken, scratch.tile);
+            } else if (linear.kind == BFLOAT16) {
 #ifdef CSM_AMX
-            else if (use_amx)
-                rows_amx(linear, panel, scratch.narrow.data() + start * linear.in, taken, scratch.tile, scratch);
+                if (use_amx) tiles_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile, scratch);
+                else
 #endif
-            else
-                rows_narrow(linear, panel, scratch.narrow.data() + start * linear.in, taken, scratch.tile);
-            for (int r = 0; r < taken; ++r) {
-                v16* sums = (v16*)(scratch.tile + r * PANEL);
-                if (linear.kind == INT8) {
-                    sums[0] *= *(const v16*)(linear.scale + p * PANEL);
-                    sums[1] *= *(const v16*)(linear.scale + p * PANEL + 16);
+                    rows_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile);
+            } else {
+#ifdef CSM_AMX
+                if (use_amx) tiles_int8(linear, (const int8_t*)panel, scratch.high.data() + at, scratch.low.data() + at, taken, scratch);
+                else
+#endif
+                    rows_int8(linear, (const int8_t*)panel, scratch.high.data() + at, scratch.low.data() + at, taken, scratch);
+                for (int i = 0; i < taken * PANEL; i += 16) {
+                    const v16 upper = __builtin_convertvector(*(i16*)(scratch.high_sums + i), v16);
+                    const v16 lower = __builtin_convertvector(*(i16*)(scratch.low_sums + i), v16);
+                    const v16 scale = load16(linear.scale + p * PANEL + i % PANEL) * scratch.unit[start + i / PANEL];
+                    *(v16*)(scratch.tile + i) = (upper * 256.0f + lower) * scale;
                 }
-                then(p, start + r, sums);
             }
+            for (int r = 0; r < taken; ++r) then(p, start + r, (v16*)(scratch.tile + r * PANEL));
         }
     }
 }

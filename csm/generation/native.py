@@ -159,7 +159,7 @@ class NativeLoop:
             size = (config.num_layers, batch_size, config.num_kv_heads, self.num_codebooks, config.head_dim)
             self._depth_keys, self._depth_values = torch.zeros(size), torch.zeros(size)
             self._depth_cache = _Cache(self._depth_keys.data_ptr(), self._depth_values.data_ptr(), 0, batch_size, self.num_codebooks)
-        wide = F.pad(hidden.float(), (0, -hidden.shape[1] % PANEL)).contiguous()
+        wide = F.pad(hidden.float(), (0, self._depth.projection.inputs - hidden.shape[1])).contiguous()
         noise = sampler.noise_of_frame(frame_index)
         codes = torch.empty(batch_size, self.num_codebooks, dtype=torch.int64)
         self._library.csm_frame(
@@ -223,19 +223,17 @@ class NativeLoop:
 
     def _linear(self, weight: Tensor, kind: str) -> _Linear:
         """Pack a weight [out, in]; see `Linear` in frame_loop.cpp for the layouts."""
-        weight = _padded(weight.detach(), PANEL, PANEL)
+        weight = _padded(weight.detach(), PANEL, 2 * PANEL if kind == "int8" else PANEL)
         num_outputs, num_inputs = weight.shape
         scale = None
         if kind == "float32":
             packed = weight.view(-1, PANEL, num_inputs).transpose(1, 2)
+        elif kind == "bfloat16":  # [panel, half, output, block, pair, 2] -> [panel, block, half, pair, output, 2]
+            packed = weight.bfloat16().view(-1, 2, 16, num_inputs // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
         else:
-            if kind == "int8":
-                scale = self._keep((weight.abs().amax(dim=1) / 127).clamp(min=1e-20))
-                weight = (weight / scale[:, None]).round().to(torch.int8)
-            else:
-                weight = weight.bfloat16()
-            # [panel, half, output, block, pair, 2] -> [panel, block, half, pair, output, 2]
-            packed = weight.view(-1, 2, 16, num_inputs // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
+            scale = self._keep((weight.abs().amax(dim=1) / 127).clamp(min=1e-20))
+            whole = (weight / scale[:, None]).round().to(torch.int8)
+            packed = whole.view(-1, 2, 16, num_inputs // 64, 16, 4).permute(0, 3, 1, 4, 2, 5)
         return _Linear(self._place(packed), None if scale is None else scale.data_ptr(), num_inputs, num_outputs, KINDS[kind])
 
 
