@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from csm.config import TrainConfig
-from csm.model.checkpoint_folder import find_fault, open_part, publish
+from csm.model.checkpoint_folder import find_fault, open_part, publish, read_manifest
 from csm.model.csm import CSM, CSMOutput
 from csm.model.pretrained import resolve_checkpoint, save_model
 from csm.model.weights import Source
@@ -208,7 +208,7 @@ class ZeroStrategy(DDPStrategy):
             ValueError: if it is damaged, or of another model or optimizer.
         """
         folder = resolve_checkpoint(checkpoint_path, name="last")
-        fault = find_fault(folder)
+        fault = self._find_fault(folder)
         if fault is not None:
             raise ValueError(f"{folder}: not usable, {fault}; resume=auto takes the newest checkpoint that is whole")
         state = self.checkpoint_io.read_state(folder)
@@ -295,6 +295,17 @@ class ZeroStrategy(DDPStrategy):
             write_index(part, [one.pieces for one in own], shapes, step=step, optimizer=name, moments=moments, num_updates=num_updates)
             digests = {one.file: one.digest for one in own}
         publish(part, folder, step=step, world_size=self.world_size, digests=digests)
+
+    def _find_fault(self, folder: Path) -> str | None:
+        """As `find_fault`; each process reads its share of the files."""
+        try:
+            mine = set(sorted(read_manifest(folder)["files"])[self.global_rank :: self.world_size])
+            fault = find_fault(folder, names=mine.__contains__)
+        except ValueError as error:
+            fault = str(error)
+        found: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, fault)
+        return next((one for one in found if one is not None), None)
 
     def _open_saved(self, folder: Path) -> SavedState:
         with torch.device("meta"):
