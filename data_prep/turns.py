@@ -52,8 +52,9 @@ def prepare_turns(config: PrepConfig) -> int:
     _check_output(output, found.root)
     status = 0
     if "manifest" in stages:
+        wanted = _plan_settings(config, found)
         with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):
-            _manifest_stage(config, found, output, console)
+            _manifest_stage(config, found, output, wanted, console)
     job, units = _planned(config, found, output)
     if "encode" in stages:
         status |= _encode_stage(config, job, units, console)
@@ -75,10 +76,9 @@ def _check_output(output: Path, root: Path) -> None:
         raise ValueError(f"output={output} and input={root} lie in one another; give an output= outside of the recordings")
 
 
-def _manifest_stage(config: PrepConfig, found: Input, output: Path, console: Console) -> None:
+def _manifest_stage(config: PrepConfig, found: Input, output: Path, wanted: dict[str, Any], console: Console) -> None:
     """Look at every file, choose splits, plan units; nothing to do when neither files nor settings changed."""
     work = output / "prep"
-    wanted = _plan_settings(config, found)
     plan = _read_plan(work / PLAN_NAME)
     if plan is not None and plan["settings"] == wanted:
         return
@@ -135,7 +135,8 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
 
 
 def _tool_settings(config: PrepConfig) -> dict[str, Any]:
-    return {"codec": asdict(config.codec), "text": asdict(config.text)}
+    """What the codec and the tokenizer in the output depend on."""
+    return {"codec": asdict(config.codec), "text": asdict(config.text), "renumber_speakers": config.encode.renumber_speakers}
 
 
 def _look_at(found: Input, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
