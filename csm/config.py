@@ -487,6 +487,10 @@ class PrepConfig:
         _require(1 <= self.num_phases <= 8, "num_phases", self.num_phases, "1 to 8 (a frame is eight hops of 10 ms)")
 
 
+DEFAULT_WATERMARK = "keyed+perth"  # of everything that is spoken; the first named decides what `csm watermark` answers
+WATERMARK_KEY_VARIABLE = "CSM_WATERMARK_KEY"  # environment variable with the secret key; unset: the public key
+
+
 @dataclass
 class PlanConfig:
     """`csm plan`: what a run would need."""

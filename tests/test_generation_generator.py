@@ -7,7 +7,7 @@ import torch
 
 from csm import Turn
 from csm.generation import Generator, Request
-from csm.generation.watermark import PerthWatermarker
+from csm.generation.perth_mark import PerthWatermarker
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,13 @@ line on stderr and status 2; CSM_DEBUG=1 shows the traceback.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from csm.cli import export, generate, voices
+from csm.cli import export, generate, voices, watermark
 from csm.cli.subcommand import add_command
 
 
@@ -45,34 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training, evaluation and data preparation have commands of their own: train.py, evaluate.py, python -m data_prep.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for declare in (generate.declare, _declare_watermark, export.declare, voices.declare, _declare_plan):  # one line a command
+    for declare in (generate.declare, watermark.declare, export.declare, voices.declare, _declare_plan):  # one line a command
         declare(commands)
     return parser
-
-
-def _declare_watermark(commands: Any) -> None:
-    command = add_command(
-        commands, "watermark", _watermark, "Verify that sound files carry our watermark: status 0 when all do, 1 when one does not."
-    )
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAV, FLAC, OGG or MP3, any sample rate")
-    command.add_argument("--json", action="store_true", help="a list of {file, is_marked, confidence}")
-
-
-def _watermark(arguments: argparse.Namespace) -> int:
-    from csm.generation.audio_files import read_audio
-    from csm.generation.watermark import PerthWatermarker
-
-    watermarker = PerthWatermarker()
-    results = []
-    for path in arguments.files:
-        waveform, sample_rate = read_audio(path, resample=False)
-        result = watermarker.detect(waveform, sample_rate)
-        results.append({"file": str(path), "is_marked": result.is_marked, "confidence": round(result.confidence, 4)})
-        if not arguments.json:
-            print(f"{path}: {'marked' if result.is_marked else 'NOT marked'} (confidence {result.confidence:.3f})")
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    return 0 if all(result["is_marked"] for result in results) else 1
 
 
 def _declare_plan(commands: Any) -> None:

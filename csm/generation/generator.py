@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csm.codec import Codec
+from csm.config import DEFAULT_WATERMARK
 from csm.frames import Rows, Turn
 from csm.generation.decoding import DepthLoop, FrameLoop, GraphLoop, iterate_frames
 from csm.generation.prompt import PromptBuilder, pad_prompts
@@ -70,7 +71,7 @@ class Generator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
-        watermark: str = "perth",
+        watermark: str = DEFAULT_WATERMARK,
         compile: bool = False,
         int8: bool = False,
     ) -> Generator:
@@ -79,7 +80,7 @@ class Generator:
         Args:
             checkpoint: a run folder, a checkpoint folder, or a folder or hub id in Sesame's or transformers' layout.
             dtype: None is float32.
-            watermark: "perth", or "off".
+            watermark: a name that `load_watermarker` knows; "off" leaves the mark out.
             compile, int8: as for `Generator`.
         Raises:
             FileNotFoundError, ValueError: if something is missing or does not fit; the message says what to do.

@@ -1,42 +1,24 @@
-"""The inaudible mark that says a machine spoke, and its detector.
+"""The inaudible marks that say a machine spoke: what every one of them offers, and how they are chosen by name.
 
-Perth (Resemble AI, MIT licence, `resemble-perth` on PyPI, weights inside the wheel) moves magnitudes below 2 kHz. Two small
-networks: one reads 10 ms spectra and says by how many decibels to move each bin, one reads spectra and says how likely they
-are marked. We run its published weights in our own code, for three reasons: the package's imports pull in librosa, torchaudio
-and pkg_resources, which current environments lack; its spectra (64 ms windows, 10 ms hops) can be taken at 24 kHz as well as
-at its 32, which saves resampling; and it marks whole clips, while we must mark a stream. So sound is marked in blocks of
-80 ms, each by itself, joined by overlapping windows: what comes out does not depend on how the samples came in.
+`keyed` is ours: no weights, a secret key if one is set, and a stated chance of a false alarm, so it decides (`KeyedWatermarker`).
+`perth` is Resemble AI's, known to other people's detectors. Both are put in by default. `silentcipher` (Sesame's choice) and
+`audioseal` need their own packages and weights. docs/watermark.md holds what was measured.
 """
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import soxr
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from csm.config import DEFAULT_WATERMARK
 from csm.frames import SAMPLE_RATE_HZ
 
-DETECTION_THRESHOLD = 0.40  # between marked and unmarked, see PerthWatermarker
-CHOICES = ("perth", "off")
-_WEIGHTS = Path("perth_net/pretrained/implicit/perth_net_250000.pth.tar")
-_WEIGHTS_SHA256 = "a15bce457ebc53ce5e6c9c3f11df78cf7ee2bf9cdab0a798902135b4c4027670"
-_WINDOW_S, _HOP_S = 0.064, 0.010
-_NUM_FFT, _HOP = round(_WINDOW_S * SAMPLE_RATE_HZ), round(_HOP_S * SAMPLE_RATE_HZ)  # 1536 and 240 samples at 24 kHz
-_PERTH_NUM_FFT = 2048  # at 32 kHz: magnitudes of our shorter windows are scaled up to its
-_NUM_BINS = 128  # up to 2 kHz, 15.6 Hz each
-_FLOOR_DB, _RANGE_DB = -180.0, 195.0  # a magnitude is read as (dB - floor) / range
-_SILENCE = 0.05  # hops whose mean reading is below this share of the loudest are neither marked nor read
-_FIRST_BLOCK_HOPS, _BLOCK_HOPS = 4, 8  # the first is shorter, so that sound comes after the first frame of a codec
-_DETECTION_FLOOR_DB = -25.0  # below the mean power under 2 kHz: what the detector is not let to see, see PerthWatermarker
-_BRANCHES = (("slow", 1.25), ("normal", 1.0), ("fast", 0.75))  # the detector listens at three speeds
+MARKS = ("keyed", "perth", "silentcipher", "audioseal")  # joined by "+" where a clip gets several
 
 
 @dataclass
@@ -44,12 +26,14 @@ class WatermarkResult:
     """What a detector heard.
 
     Attributes:
-        is_marked: confidence above `DETECTION_THRESHOLD`.
+        is_marked: by the detector's own threshold.
         confidence: 0 to 1.
+        p_value: the chance that a clip made without the key scores as high; None where the detector states none.
     """
 
     is_marked: bool
     confidence: float
+    p_value: float | None = None
 
 
 class WatermarkStream(ABC):
@@ -87,124 +71,79 @@ class Watermarker(ABC):
         return torch.cat((stream.push(check_waveform(waveform)), stream.finish()))
 
 
-class PerthWatermarker(Watermarker):
-    """Perth's implicit watermark: one bit, present or not.
+class JointWatermarker(Watermarker):
+    """Several marks in one clip, each made from the clip as it came, and their changes added; the first one decides."""
 
-    Its detector takes holes in the spectrum for the mark: of unmarked clips it accepts, with confidences up to 1.0, 13 of 16
-    with everything below 50 Hz cut away, 16 of 16 below 120 Hz, and 40 of 40 that went through our offline codec. So `detect`
-    fills the holes: power 25 dB below the mean is added to every bin. Measured on 40 clips of synthetic speech of 1-4 s: marked
-    ones score 0.46 or more (through the offline codec 0.43), unmarked ones 0.06 at most (codec 0.31), and the threshold lies
-    between. Cut to 0.75-1 s all marked ones are still found, but of unmarked codec output one in ten or so is accepted; of clips
-    of half a second many marked ones are missed.
-    """
-
-    name = "perth"
-
-    def __init__(self) -> None:
-        self._path = _weights_path()  # found now, so that a missing package is told before any work; read when first used
+    def __init__(self, marks: Sequence[Watermarker]) -> None:
+        self.marks = tuple(marks)
+        self.name = "+".join(mark.name for mark in marks)
 
     def stream(self) -> WatermarkStream:
-        return _PerthStream(_load_weights(self._path))
+        return _JointStream([mark.stream() for mark in self.marks])
 
-    @torch.no_grad()
     def detect(self, waveform: Tensor, sample_rate: int = SAMPLE_RATE_HZ) -> WatermarkResult:
-        waveform = check_waveform(waveform).cpu()
-        if sample_rate <= 0:
-            raise ValueError(f"sample_rate={sample_rate}: expected a positive number of samples a second")
-        if sample_rate != SAMPLE_RATE_HZ:
-            waveform = torch.from_numpy(soxr.resample(waveform.numpy(), sample_rate, SAMPLE_RATE_HZ))
-        waveform = F.pad(waveform, (0, max(0, _NUM_FFT - waveform.shape[0])))
-        window = torch.hann_window(_NUM_FFT)
-        spectra = torch.stft(waveform, _NUM_FFT, _HOP, window=window, pad_mode="reflect", return_complex=True)
-        readings = _read(spectra)  # [bins, hops]
-        loudness = readings.sum(dim=0)
-        power = spectra[:_NUM_BINS].abs().square()
-        filled = _read((power + power.mean() * 10.0 ** (_DETECTION_FLOOR_DB / 10.0)).sqrt())
-        is_heard = (loudness > _SILENCE * loudness.max()).float()
-        if not bool(is_heard.any()):
-            return WatermarkResult(False, 0.0)  # digital silence holds no mark
-        confidence = float(_score(filled, is_heard, _load_weights(self._path)).clamp(0.0, 1.0))
-        return WatermarkResult(confidence > DETECTION_THRESHOLD, confidence)
+        return self.marks[0].detect(waveform, sample_rate)
 
 
-class _PerthStream(WatermarkStream):
-    """Overlap-add of block after block; hop j is centred on sample 240 j."""
+class _JointStream(WatermarkStream):
+    """Waits for the slowest mark: what all have finished is returned."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self._weights = weights
-        self._window = torch.hann_window(_NUM_FFT)
-        squared = F.pad(self._window.square(), (0, -_NUM_FFT % _HOP)).view(-1, _HOP)
-        self._envelope = squared.sum(dim=0)  # [240]: the windows of all hops at one sample, wherever it is
-        self._samples = torch.zeros(_NUM_FFT // 2)  # from the next hop's window on; nothing sounds before the clip
-        self._overlap = torch.zeros(_NUM_FFT - _HOP)  # of residuals that reach past the hops done
-        self._num_hops = 0
-        self._num_pushed = self._num_returned = 0
-        self._peak = 0.0
-        self._is_over = False
+    def __init__(self, streams: Sequence[WatermarkStream]) -> None:
+        self._streams = streams
+        self._clean = torch.zeros(0)
+        self._marked = [torch.zeros(0) for _ in streams]
 
-    @torch.no_grad()
     def push(self, waveform: Tensor) -> Tensor:
-        if self._is_over:
-            raise ValueError("this stream is finished; start another with Watermarker.stream()")
         waveform = waveform.detach().float().cpu()
-        self._num_pushed += waveform.shape[0]
-        return self._take(waveform)
+        self._clean = torch.cat((self._clean, waveform))
+        self._marked = [torch.cat((held, stream.push(waveform))) for held, stream in zip(self._marked, self._streams, strict=True)]
+        return self._take()
 
-    @torch.no_grad()
     def finish(self) -> Tensor:
-        num_left = self._num_pushed - self._num_returned
-        padding = torch.zeros(num_left + 2 * _NUM_FFT + _BLOCK_HOPS * _HOP)  # nothing sounds behind it; flushes every block
-        marked = self._take(padding)[:num_left]
-        self._is_over = True
-        return marked
+        self._marked = [torch.cat((held, stream.finish())) for held, stream in zip(self._marked, self._streams, strict=True)]
+        return self._take()
 
-    def _take(self, waveform: Tensor) -> Tensor:
-        self._samples = torch.cat((self._samples, waveform))
-        parts = []
-        while True:
-            num_hops = _BLOCK_HOPS if self._num_hops else _FIRST_BLOCK_HOPS
-            if self._samples.shape[0] < (num_hops - 1) * _HOP + _NUM_FFT:
-                break
-            parts.append(self._block(num_hops))
-        marked = torch.cat(parts) if parts else torch.zeros(0)
-        self._num_returned += marked.shape[0]
-        return marked
-
-    def _block(self, num_hops: int) -> Tensor:
-        """Mark `num_hops` hops; return the samples that no later hop touches."""
-        spectra = torch.fft.rfft(self._samples.unfold(0, _NUM_FFT, _HOP)[:num_hops] * self._window).T  # [bins, hops]
-        readings = _read(spectra)
-        loudness = readings.sum(dim=0)
-        self._peak = max(self._peak, float(loudness.max()))
-        is_heard = (loudness > _SILENCE * self._peak).float()
-        gain_db = _RANGE_DB * _convolve("encoder.layers", readings[None, :_NUM_BINS], self._weights)[0] * is_heard
-        residual = spectra[:_NUM_BINS] * (10.0 ** (gain_db / 20.0) - 1.0)
-        windows = torch.fft.irfft(F.pad(residual, (0, 0, 0, spectra.shape[0] - _NUM_BINS)), n=_NUM_FFT, dim=0).T * self._window
-        total = F.pad(self._overlap, (0, num_hops * _HOP))
-        for hop in range(num_hops):
-            total[hop * _HOP : hop * _HOP + _NUM_FFT] += windows[hop]
-        num_done = num_hops * _HOP
-        residual_samples = (total[:num_done].view(-1, _HOP) / self._envelope).flatten()
-        marked = self._samples[:num_done] + residual_samples
-        if self._num_hops == 0:
-            marked = marked[_NUM_FFT // 2 :]  # what stands before the clip
-        self._samples, self._overlap = self._samples[num_done:], total[num_done:]
-        self._num_hops += num_hops
-        return marked
+    def _take(self) -> Tensor:
+        num_samples = min(held.shape[0] for held in self._marked)
+        clean = self._clean[:num_samples]
+        total = clean.clone()
+        for held in self._marked:
+            total += held[:num_samples] - clean
+        self._clean = self._clean[num_samples:]
+        self._marked = [held[num_samples:] for held in self._marked]
+        return total
 
 
-def load_watermarker(name: str = "perth") -> Watermarker | None:
+def load_watermarker(name: str = DEFAULT_WATERMARK) -> Watermarker | None:
     """The watermarker of that name; None for "off", which must be asked for and is noted in what is written.
 
+    Args:
+        name: "off", or one or several of `MARKS` joined by "+".
     Raises:
-        ValueError: if there is no such watermarker.
-        ImportError: if its package is missing or holds other weights.
+        ValueError: if there is no such watermarker, or its key cannot be used.
+        ImportError, FileNotFoundError: if its package or weights are missing.
     """
     if name == "off":
         return None
-    if name != "perth":
-        raise ValueError(f"watermark={name!r}: expected one of {', '.join(CHOICES)}")
-    return PerthWatermarker()
+    names = name.split("+")
+    if not set(names) <= set(MARKS) or len(set(names)) < len(names):
+        raise ValueError(f"watermark={name!r}: expected off, or one or several of {', '.join(MARKS)} joined by +, each once")
+    marks = [_load_mark(each) for each in names]
+    return marks[0] if len(marks) == 1 else JointWatermarker(marks)
+
+
+def _load_mark(name: str) -> Watermarker:
+    if name == "keyed":
+        from csm.generation.keyed_mark import KeyedWatermarker
+
+        return KeyedWatermarker()
+    if name == "perth":
+        from csm.generation.perth_mark import PerthWatermarker
+
+        return PerthWatermarker()
+    from csm.generation import neural_marks
+
+    return neural_marks.SilentCipherWatermarker() if name == "silentcipher" else neural_marks.AudioSealWatermarker()
 
 
 def check_waveform(waveform: Tensor) -> Tensor:
@@ -220,51 +159,15 @@ def check_waveform(waveform: Tensor) -> Tensor:
     return waveform.detach().float()
 
 
-def _read(spectra: Tensor) -> Tensor:
-    """Magnitudes as Perth's networks read them: decibels of its 32 kHz spectra, 0 at -180 dB and 1 at 15 dB."""
-    magnitudes = spectra.abs() * (_PERTH_NUM_FFT / _NUM_FFT)
-    floor = 10.0 ** (_FLOOR_DB / 20.0)
-    return (20.0 * magnitudes.clamp(min=floor).log10() - _FLOOR_DB) / _RANGE_DB
+def resampled(waveform: Tensor, sample_rate: int, to_rate: int = SAMPLE_RATE_HZ) -> Tensor:
+    """A checked clip, on the CPU, float32 [S] at `to_rate`.
 
-
-def _convolve(name: str, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Seven convolutions over time, six of them followed by a leaky ReLU: [1, channels, hops] -> the same hops."""
-    for index in range(7):
-        weight = weights[f"{name}.{index}.conv.weight"]
-        x = F.conv1d(x, weight, weights[f"{name}.{index}.conv.bias"], padding=weight.shape[-1] // 2)
-        if index < 6:
-            x = F.leaky_relu(x)
-    return x
-
-
-def _score(readings: Tensor, is_heard: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """How likely spectra [128, hops] are marked, from the hops that are heard; three speeds, weighed by attention."""
-    scores, attention = [], []
-    for branch, speed in _BRANCHES:
-        num_hops = int(readings.shape[1] * speed)
-        stretched = F.interpolate(readings[None], size=num_hops, mode="linear", align_corners=True)
-        heard = F.interpolate(is_heard[None, None], size=num_hops, mode="nearest")
-        output = _convolve(f"decoder.{branch}_layers", stretched, weights)  # [1, 2, hops]: attention, score
-        mean = (output * heard).sum(dim=2) / heard.sum(dim=2).clamp(min=1.0)
-        attention.append(mean[0, 0])
-        scores.append(mean[0, 1])
-    return (torch.stack(scores) * torch.stack(attention).softmax(dim=0)).sum()
-
-
-def _weights_path() -> Path:
-    """Where the installed package keeps its weights; the package itself is not imported."""
-    spec = find_spec("perth")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / _WEIGHTS).is_file():
-            return Path(folder) / _WEIGHTS
-    raise ImportError("the watermark needs Perth's weights: pip install resemble-perth==1.0.1 (or ask for watermark off)")
-
-
-@cache
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    """Perth's tensors. Its file is a torch pickle, the only one we read: digest checked, tensors only."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != _WEIGHTS_SHA256:
-        raise ImportError(f"{path} is not the file that resemble-perth 1.0.1 ships; pip install --force-reinstall resemble-perth==1.0.1")
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "decoder."))}
+    Raises:
+        ValueError: if it is no clip, or the rate is not positive.
+    """
+    waveform = check_waveform(waveform).cpu()
+    if sample_rate <= 0:
+        raise ValueError(f"sample_rate={sample_rate}: expected a positive number of samples a second")
+    if sample_rate == to_rate:
+        return waveform
+    return torch.from_numpy(soxr.resample(waveform.numpy(), sample_rate, to_rate))
