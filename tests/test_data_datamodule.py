@@ -140,6 +140,19 @@ def test_a_step_sees_the_same_rows_on_any_number_of_ranks(make, world_size: int,
         assert _documents(parts) == _documents([whole])
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_two_ranks_with_workers_see_the_steps_of_one_process(make, num_workers: int):
+    expected = sum(_epochs(make(rows_per_batch=4), 2), [])
+    modules = [make(rank=rank, world_size=2, num_workers=num_workers) for rank in range(2)]
+    ranks = [sum(_epochs(module, 2), []) for module in modules]
+    for module in modules:
+        module.teardown()
+    for whole, first, second in zip(expected, *ranks, strict=True):
+        for row in range(4):  # rank r has every second row, from its own on, in order
+            part = (first, second)[row % 2]
+            assert torch.equal(part.tokens[row // 2], whole.tokens[row]) and torch.equal(part.mask[row // 2], whole.mask[row])
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("at", [0, 1, 7, "last", "past"])
 def test_resume_goes_on_with_the_next_batch(make, at: int | str, num_workers: int):

@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Children:
     def __init__(self, data: Path, work: Path) -> None:
         self.data, self.work = data, work
 
-    def start(self, name: str, *, signal_number: int | None = None, is_in_step: bool = False) -> int:
+    def start(self, name: str, *, signal_number: int | None = None, is_in_step: bool = False, num_workers: int = 0) -> int:
         """The process id of a child that trains run `name`, from its newest checkpoint on.
 
         Args:
@@ -92,6 +93,7 @@ class Children:
             is_in_step: in the midst of it, which gives it a second one.
         """
         config = run_config(self.data, self.work / name)
+        config = replace(config, data=replace(config.data, num_workers=num_workers))
         pid = os.fork()
         if pid:
             return pid
@@ -214,6 +216,8 @@ def main(data: Path, work: Path) -> None:
     started_at_s = time.monotonic()
     children.finish("whole")
     whole_s = time.monotonic() - started_at_s
+    for num_workers in (1, 2):
+        children.wait(children.start(f"workers_{num_workers}", num_workers=num_workers), f"workers_{num_workers}")
     for name, num_stops in (("stopped", NUM_STEPS - 1), ("stopped_in_step", NUM_STEPS // 2 - 1)):
         for index in range(num_stops):
             pid = children.start(name, signal_number=SIGNALS[index % 2], is_in_step=name == "stopped_in_step")

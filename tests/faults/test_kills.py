@@ -92,3 +92,11 @@ def test_run_stopped_after_every_step_ends_bit_identical(name: str, steps_a_stop
     seen = _seen(work, name)
     assert seen == _seen(work, "whole")
     _assert_every_sample_once_an_epoch(seen)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_run_with_workers_is_bit_identical(num_workers: int, runs: tuple[Path, dict]) -> None:
+    work, _ = runs
+    name = f"workers_{num_workers}"
+    assert outcome(work / name) == outcome(work / "whole")
+    assert _seen(work, name) == _seen(work, "whole")
