@@ -149,6 +149,12 @@ def test_multirun_refuses_one_folder_for_all_jobs(run_main: Callable) -> None:
     assert not Path("out").exists()
 
 
+def test_multirun_refuses_several_processes_a_job_without_a_launcher(run_main: Callable) -> None:
+    status, _, err = run_main("--multirun", *TINY, "seed=1,2", "trainer=ddp", "trainer.devices=2", "experiment_name=sweep")
+    assert status == 2
+    assert "a sweep of runs with 2 processes each needs hydra/launcher=slurm" in _one_line(err)
+
+
 def test_slurm_sweep_without_its_plug_in_says_what_to_install(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     import hydra_plugins
     from hydra.core.config_store import ConfigStore

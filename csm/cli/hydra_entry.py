@@ -77,7 +77,7 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
         def run(config: DictConfig) -> None:
             # Caught here and not outside: Hydra prints a line of its own for exceptions that leave the task.
             try:
-                _stand_alone(config)
+                _give_own_folder(config)
                 task(_to_object(config, schema))
             except (UsageError, OmegaConfBaseException) as error:
                 _leave(error, _explain(error, schema), status=2)
@@ -156,21 +156,22 @@ def _to_object(config: DictConfig, schema: type[Schema]) -> Schema:
     return built
 
 
-def _stand_alone(config: DictConfig) -> None:
-    """Make a run of a sweep as if it had been started by itself.
-
-    Its `run_dir` is the folder that Hydra counts for it, in which a SLURM job that is queued again goes on. Its command line,
-    which Lightning repeats for further processes, is its own and not the sweep's.
+def _give_own_folder(config: DictConfig) -> None:
+    """In a sweep, a run's `run_dir` is the folder that Hydra counts for it; a SLURM job that is queued again goes on there.
 
     Raises:
-        UsageError: `run_dir` is given, which would be the folder of all of them.
+        UsageError: `run_dir` is given, which would be the folder of all of them; or several processes are asked for where
+            runs take turns in this one.
     """
     hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
+    if hydra_config.mode != RunMode.MULTIRUN or "run_dir" not in config:
         return
-    sys.argv = [sys.argv[0], *hydra_config.overrides.task]
-    if "run_dir" not in config:
-        return
+    num_processes = OmegaConf.select(config, "trainer.devices", default=1) * OmegaConf.select(config, "trainer.num_nodes", default=1)
+    if num_processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        # Lightning starts further processes with this command line, the whole sweep, and only once in a process's life.
+        raise UsageError(
+            f"a sweep of runs with {num_processes} processes each needs hydra/launcher=slurm; here, start the runs one by one, from a shell"
+        )
     if config.run_dir is not None:
         raise UsageError(f"run_dir={config.run_dir}: the runs of a sweep need a folder each; say hydra.sweep.dir={config.run_dir} instead")
     config.run_dir = os.path.join(hydra_config.sweep.dir, hydra_config.sweep.subdir)

@@ -114,22 +114,17 @@ def test_sweep_of_two_runs_is_a_job_array(cluster: SlurmCluster, at_its_limit: o
     assert float(rates[1]) == pytest.approx(3 * float(rates[0]))
 
 
-def test_sweep_without_a_launcher_takes_turns_with_two_processes_a_run(cluster: SlurmCluster, at_its_limit: object) -> None:
-    sweep = ["--multirun", "trainer=ddp", "trainer.devices=2", "optim.lr=1e-4,3e-4", "experiment_name=turns", "trainer.max_steps=3"]
-    done = cluster.run([sys.executable, "train.py", *TINY, *sweep], timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (cluster.home / "runs" / "turns").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml"]
-    assert [_steps(folder / name) for name in ("0", "1")] == [[1, 2, 3]] * 2
-    rates = [_rows(folder / name)[-1]["lr"] for name in ("0", "1")]
-    assert float(rates[1]) == pytest.approx(3 * float(rates[0]))
-
-
-def test_scancel_leaves_a_state_that_a_new_job_goes_on_from(cluster: SlurmCluster, at_its_limit: object) -> None:
+def test_preemption_and_scancel_leave_a_state_to_go_on_from(cluster: SlurmCluster, at_its_limit: object) -> None:
     train = ["slurm/train.sbatch", *TINY, "run_dir=runs/cancelled", "trainer.checkpoint_every=0"]
-    job = cluster.sbatch(*TWO_TASKS, *train, "trainer.max_steps=100000", "optim.schedule=constant")
+    low = ["--partition=low", "--nodelist=n1", "--exclusive"]
+    job = cluster.sbatch(*TWO_TASKS, *low, *train, "trainer.max_steps=100000", "optim.schedule=constant")
     run_dir = cluster.home / "runs" / "cancelled"
     _wait_for(lambda: len(_steps(run_dir)) >= 10, cluster, job, timeout=60)
+    urgent = cluster.sbatch("--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert cluster.wait(urgent, timeout=60) == ["COMPLETED"], cluster.output(job)
+    before = _steps(run_dir)[-1]
+    assert f"saved; putting job {job} back into the queue" in cluster.output(job)
+    _wait_for(lambda: len(_steps(run_dir)) >= before + 10, cluster, job, timeout=60)
     cluster.run(["scancel", job])
     assert cluster.wait(job, timeout=60) == ["CANCELLED"]
     last = _steps(run_dir)[-1]
