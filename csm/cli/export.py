@@ -3,7 +3,7 @@
 | layout | codec | tokenizer |
 |---|---|---|
 | transformers | Mimi, as `codec_model.*` | Llama-3's, as the processor's files |
-| csm | any, in codec/ | tokenizer.json and its kin |
+| csm | any, in codec/; voice presets, too | tokenizer.json and its kin |
 | sesame | none | none |
 
 Of a ZeRO checkpoint the float32 weights are taken, which lie in pieces in its zero/ folder: they are put together and written
@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csm.cli.generate import read_json
+from csm.cli.conversation import read_json
 from csm.cli.subcommand import add_command
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help is answered without it
@@ -117,7 +117,8 @@ def _llama3_files_of(source: Path) -> Path | None:
 
 
 def _copy_companions(source: Path, target: Path, num_codebooks: int) -> None:
-    """Tokenizer and codec beside a checkpoint of ours; a Mimi that was inside comes out of it."""
+    """Tokenizer, codec and voices beside a checkpoint of ours; a Mimi that was inside comes out of it."""
+    from csm.codec.voices import VOICES_FOLDER
     from csm.model.pretrained import load_codec_weights
 
     for name in _TOKENIZER_FILES:
@@ -133,3 +134,5 @@ def _copy_companions(source: Path, target: Path, num_codebooks: int) -> None:
         model = MimiModel(MimiConfig.from_dict(dict(inside.config)))
         model.load_state_dict(dict(inside.tensors))
         MimiCodec(model, num_codebooks).save(target / "codec")
+    if (source / VOICES_FOLDER).is_dir():
+        shutil.copytree(source / VOICES_FOLDER, target / VOICES_FOLDER)

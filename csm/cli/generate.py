@@ -7,7 +7,6 @@ stdout may carry sound.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +19,15 @@ if TYPE_CHECKING:
     from csm.frames import Turn
     from csm.generation.generator import Generator, Request
 
+from csm.cli.conversation import read_conversation, read_json_lines, turns_from_json
+from csm.cli.speaking_progress import Progress, print_report
 from csm.cli.subcommand import DEFAULT_VOICES, add_command
+from csm.config import DEFAULT_WATERMARK
 
-_REQUEST_KEYS = ("text", "speaker", "context", "voice", "out", "seed", "temperature", "top_k", "max_duration_s")
+_REQUEST_KEYS = (
+    "text", "speaker", "context", "voice", "out", "seed", "temperature", "top_k", "max_duration_s", "min_duration_s", "trim_silence",
+    "stop_loops",
+)  # fmt: skip
 
 
 def declare(commands: Any) -> None:
@@ -35,16 +40,18 @@ def declare(commands: Any) -> None:
         "examples:\n"
         "  csm generate --checkpoint runs/demo/<date_time> --text 'seven four two' --speaker 0 --out out.wav\n"
         "  csm generate --checkpoint C --text 'nine one' --context conversation.json --stream --out - | aplay -r 24000 -f S16_LE\n"
-        "  csm generate --checkpoint C --jsonl lines.jsonl --out spoken/\n\n"
+        "  csm generate --checkpoint C --batch lines.jsonl --out-dir spoken/ --compile\n\n"
         'conversation.json is a list of {"speaker": 0, "text": "...", "audio": "path.wav"}, oldest first; paths are relative to it.\n'
-        "A line of --jsonl is an object with text and, as needed, speaker, context (as above), voice, out, seed, temperature,\n"
-        "top_k, max_duration_s; what it leaves out is taken from the command line.",
+        "A line of --batch is an object with text and, as needed, speaker, context (as above), voice, out, seed, temperature,\n"
+        "top_k, max_duration_s, min_duration_s, trim_silence, stop_loops; what it leaves out is taken from the command line.",
     )
     command.add_argument("--checkpoint", required=True, metavar="C", help="a run, a checkpoint folder, or a hub id")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="T", help="what to say")
-    what.add_argument("--jsonl", type=Path, metavar="FILE", help="one request a line, decoded together; --out is then a folder")
-    command.add_argument("--out", required=True, metavar="FILE", help="a .wav or .flac file; - writes raw 16-bit samples to stdout")
+    what.add_argument("--batch", "--jsonl", dest="jsonl", type=Path, metavar="FILE", help="JSON Lines, a request each, decoded together")
+    where = command.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="FILE", help="a .wav or .flac file; - writes raw 16-bit samples to stdout; with --batch a folder")
+    where.add_argument("--out-dir", dest="out", metavar="DIR", help="the folder of --batch")
     command.add_argument("--speaker", type=int, metavar="N", help="the number in front of the text (default: the voice's, or 0)")
     command.add_argument("--context", type=Path, metavar="FILE", help="conversation.json: turns heard before")
     command.add_argument("--voice", metavar="NAME", help="a preset that goes in front as context (see csm voices)")
@@ -54,26 +61,39 @@ def declare(commands: Any) -> None:
     command.add_argument("--temperature", type=float, default=0.9, metavar="X", help="0 is greedy (default: %(default)s)")
     command.add_argument("--top-k", type=int, default=50, metavar="N", help="0 keeps every code (default: %(default)s)")
     command.add_argument("--max-duration", type=float, default=10.0, metavar="S", help="seconds, at most (default: %(default)s)")
-    command.add_argument("--watermark", choices=("perth", "off"), default="perth", help="off is noted in the file (default: %(default)s)")
+    marks = "keyed, perth, silentcipher, audioseal, joined by +; off is noted in the file (default: %(default)s)"
+    command.add_argument("--min-duration", type=float, default=0.0, metavar="S", help="seconds, at least (default: %(default)s)")
+    command.add_argument("--trim-silence", action="store_true", help="cut the silence at the end, but for 0.1 s")
+    command.add_argument("--stop-loops", action="store_true", help="end a reply that goes round in circles for 3 s")
+    command.add_argument("--watermark", default=DEFAULT_WATERMARK, metavar="NAME", help=marks)
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: %(default)s)")
-    command.add_argument("--threads", type=int, default=0, metavar="N", help="of torch on CPU; 0 leaves torch's choice")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="on CPU; 0 leaves torch's choice")
+    command.add_argument("--compile", action="store_true", help="frames by machine code (CPU; needs a C++ compiler) or a CUDA graph")
+    command.add_argument("--int8", action="store_true", help="with --compile, on a CPU: the depth decoder's weights in 8 bits")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from csm.generation.audio_files import format_of
-    from csm.generation.prompt import max_frames_from_duration
+    from csm.generation.prompt import max_frames_from_duration, min_frames_from_duration
     from csm.generation.sampling import check_sampling
 
     # Everything that can be checked without the model comes first: loading one takes long.
     check_sampling(arguments.temperature, arguments.top_k)
-    max_frames_from_duration(arguments.max_duration)
+    if min_frames_from_duration(arguments.min_duration) > max_frames_from_duration(arguments.max_duration):
+        raise ValueError(f"--min-duration {arguments.min_duration:g} is more than --max-duration {arguments.max_duration:g}")
+    if arguments.int8 and not arguments.compile:
+        raise ValueError("--int8 needs --compile: only the compiled loop reads 8-bit weights")
     if arguments.text is not None and not arguments.text.strip():
         raise ValueError("--text is empty; give something to say")
     if arguments.jsonl is not None:
         if arguments.out == "-" or arguments.stream:
-            raise ValueError("--jsonl writes files into the folder --out; it goes with neither --out - nor --stream")
-        lines = _read_jsonl(arguments.jsonl)
+            raise ValueError("--batch writes files into a folder; it goes with neither --out - nor --stream")
+        lines = read_json_lines(arguments.jsonl)
+        if Path(arguments.out).is_file():
+            raise ValueError(f"{arguments.out} is a file; with --batch name a folder")
+    elif Path(arguments.out).is_dir():
+        raise ValueError(f"{arguments.out} is a folder; name a .wav or .flac file in it")
     elif arguments.out != "-":
         format_of(Path(arguments.out))
     context = [] if arguments.context is None else read_conversation(arguments.context)
@@ -96,8 +116,11 @@ def _generate_one(arguments: argparse.Namespace, generator: Generator, request: 
         temperature=request.temperature,
         top_k=request.top_k,
         seed=request.seed,
+        min_duration_s=request.min_duration_s,
+        trim_silence=request.trim_silence,
+        stop_loops=request.stop_loops,
     )
-    progress = _Progress(request.max_frames)
+    progress = Progress(request.max_frames)
     with progress:
         watched = progress.watch(chunks)
         if arguments.out == "-":
@@ -105,11 +128,14 @@ def _generate_one(arguments: argparse.Namespace, generator: Generator, request: 
         else:
             sound = watched if arguments.stream else iter(list(watched))
             num_samples = write_audio(Path(arguments.out), _not_empty(sound), _provenance(arguments, generator, request))
-    _report(arguments.out, generator, num_samples, time.perf_counter() - started_s, progress.first_sound_s if arguments.stream else None)
+    print_report(
+        arguments.out, generator, num_samples, time.perf_counter() - started_s, progress.first_sound_s if arguments.stream else None
+    )
     return 0
 
 
 def _generate_lines(arguments: argparse.Namespace, generator: Generator, lines: list[dict[str, Any]], context: list[Turn]) -> int:
+    from csm.frames import seconds_from_frames
     from csm.generation.audio_files import format_of, write_audio
 
     folder = Path(arguments.out)
@@ -128,15 +154,22 @@ def _generate_lines(arguments: argparse.Namespace, generator: Generator, lines: 
     if len(set(paths)) < len(paths):
         raise ValueError(f"{arguments.jsonl}: two lines have the same out; give each its own")
     started_s = time.perf_counter()
-    results = generator.generate_codes_batch(requests)
-    num_samples = 0
+    with Progress(max(request.max_frames for request in requests)) as progress:
+        results = generator.generate_codes_batch(requests, on_frame=lambda frame, rows: progress.show(frame, num_rows=rows))
+    num_samples = num_silent = 0
     for path, request, result in zip(paths, requests, results, strict=True):
-        waveform = generator.audio_from_codes(result.codes)
-        num_samples += write_audio(path, _not_empty(iter([waveform])), _provenance(arguments, generator, request))
+        if not result.codes.shape[0]:
+            num_silent += 1
+            print(f"{path}: not written, the model ended at once and said nothing; try another seed or temperature", file=sys.stderr)
+            continue
+        waveform = generator.audio_from_codes(result.codes, trim_silence=request.trim_silence)
+        num_samples += write_audio(path, [waveform], _provenance(arguments, generator, request))
         if not result.reached_eos:
-            print(f"{path}: cut at {request.max_duration_s:g} s, the model did not end by itself", file=sys.stderr)
-    _report(f"{folder} ({len(paths)} files)", generator, num_samples, time.perf_counter() - started_s, None)
-    return 0
+            why = "it went round in circles" if result.is_loop else "the model did not end by itself"
+            print(f"{path}: cut at {seconds_from_frames(result.codes.shape[0]):g} s, {why}", file=sys.stderr)
+    name = f"{folder} ({len(paths) - num_silent} files)"
+    print_report(name, generator, num_samples, time.perf_counter() - started_s, None)
+    return 1 if num_silent else 0
 
 
 def _load_generator(arguments: argparse.Namespace) -> Generator:
@@ -151,7 +184,8 @@ def _load_generator(arguments: argparse.Namespace) -> Generator:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {arguments.device}: not a device of this machine ({str(error).splitlines()[0]})") from error
-    return Generator.from_pretrained(arguments.checkpoint, device, getattr(torch, arguments.dtype), watermark=arguments.watermark)
+    loop = dict(compile=arguments.compile, int8=arguments.int8)
+    return Generator.from_pretrained(arguments.checkpoint, device, getattr(torch, arguments.dtype), watermark=arguments.watermark, **loop)
 
 
 def _request(arguments: argparse.Namespace, generator: Generator, line: dict[str, Any], context: list[Turn], folder: Path) -> Request:
@@ -164,7 +198,7 @@ def _request(arguments: argparse.Namespace, generator: Generator, line: dict[str
     if unknown:
         raise ValueError(f"key {sorted(unknown)[0]!r} is not known; there are: {', '.join(_REQUEST_KEYS)}")
     speaker = line.get("speaker", arguments.speaker)
-    turns = _turns(line["context"], folder, "context") if "context" in line else list(context)
+    turns = turns_from_json(line["context"], folder, "context") if "context" in line else list(context)
     voice_name = line.get("voice", arguments.voice)
     if voice_name is not None:
         voice = load_voice(voice_name, [arguments.voices, resolve_checkpoint(arguments.checkpoint) / "voices"])
@@ -182,76 +216,15 @@ def _request(arguments: argparse.Namespace, generator: Generator, line: dict[str
             temperature=float(line.get("temperature", arguments.temperature)),
             top_k=int(line.get("top_k", arguments.top_k)),
             seed=line.get("seed", arguments.seed),
+            min_duration_s=float(line.get("min_duration_s", arguments.min_duration)),
+            trim_silence=bool(line.get("trim_silence", arguments.trim_silence)),
+            stop_loops=bool(line.get("stop_loops", arguments.stop_loops)),
         )
     except TypeError as error:
-        raise ValueError(f"{error}; numbers are expected for speaker, seed, temperature, top_k and max_duration_s") from error
+        numbers = "speaker, seed, temperature, top_k, max_duration_s and min_duration_s"
+        raise ValueError(f"{error}; numbers are expected for {numbers}") from error
     generator.prompts.build(request.text, request.speaker, request.context, request.max_frames)  # refuse now what cannot be said
     return request
-
-
-def read_conversation(path: Path) -> list[Turn]:
-    """The turns of a conversation.json; audio is read, resampled to 24 kHz and mixed down to mono.
-
-    Raises:
-        FileNotFoundError, ValueError: with the file, the turn and what was expected.
-    """
-    return _turns(read_json(path), path.parent, str(path))
-
-
-def _turns(entries: Any, folder: Path, where: str) -> list[Turn]:
-    from csm.frames import Turn
-    from csm.generation.audio_files import read_audio
-
-    expected = '{"speaker": 0, "text": "...", "audio": "path.wav"}'
-    if not isinstance(entries, list):
-        raise ValueError(f"{where}: a {type(entries).__name__}, expected a list of {expected}")
-    turns = []
-    for index, entry in enumerate(entries):
-        place = f"{where}: turn {index}"
-        if not isinstance(entry, dict) or set(entry) != {"speaker", "text", "audio"}:
-            got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise ValueError(f"{place} is {got}, expected {expected}")
-        if type(entry["speaker"]) is not int or not isinstance(entry["text"], str) or not isinstance(entry["audio"], str):
-            raise ValueError(f"{place}: speaker must be a whole number, text and audio strings; expected {expected}")
-        try:
-            audio, _ = read_audio(folder / entry["audio"])
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{place}: {error}") from error
-        turns.append(Turn(entry["speaker"], entry["text"], audio=audio))
-    return turns
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        FileNotFoundError, ValueError: with the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f'{path}: line {number} is a {type(entry).__name__}, expected an object such as {{"text": "..."}}')
-        lines.append(entry)
-    if not lines:
-        raise ValueError(f"{path}: no requests in it")
-    return lines
 
 
 def _provenance(arguments: argparse.Namespace, generator: Generator, request: Request) -> dict[str, object]:
@@ -261,6 +234,7 @@ def _provenance(arguments: argparse.Namespace, generator: Generator, request: Re
         "software": f"csm-lab {__version__}",
         "synthetic": True,
         "watermark": generator.watermark_name,
+        "weights": "int8" if generator.int8 else arguments.dtype,
         "checkpoint": "/".join(Path(arguments.checkpoint).parts[-3:]),
         "speaker": request.speaker,
         "seed": request.seed,
@@ -284,58 +258,3 @@ def _write_raw(stream: BinaryIO, parts: Iterator[bytes]) -> int:
         num_bytes += stream.write(part)
         stream.flush()
     return num_bytes
-
-
-class _Progress:
-    """A live line on stderr, where that is a terminal: frames so far and the real-time factor."""
-
-    def __init__(self, max_frames: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self.first_sound_s: float | None = None
-        self._started_s = time.perf_counter()
-        console = Console(stderr=True)
-        count = TextColumn("{task.completed:.0f}/{task.total:.0f} frames")
-        columns = (TextColumn("speaking"), BarColumn(), count, TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=max_frames)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def watch(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        from csm.frames import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
-
-        num_samples = 0
-        for chunk in chunks:
-            elapsed_s = time.perf_counter() - self._started_s
-            if self.first_sound_s is None:
-                self.first_sound_s = elapsed_s
-            num_samples += chunk.shape[0]
-            factor = elapsed_s * SAMPLE_RATE_HZ / num_samples
-            self._bar.update(self._task, completed=num_samples / SAMPLES_PER_FRAME, description=f"RTF {factor:.2f}")
-            yield chunk
-
-
-def _report(name: str, generator: Generator, num_samples: int, elapsed_s: float, first_sound_s: float | None) -> None:
-    """One line on stderr: stdout may carry sound."""
-    from csm.frames import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
-
-    spoken_s = num_samples / SAMPLE_RATE_HZ
-    parts = [f"{round(num_samples / SAMPLES_PER_FRAME)} frames", f"{spoken_s:.2f} s of speech in {elapsed_s:.2f} s"]
-    if spoken_s:
-        parts.append(f"RTF {elapsed_s / spoken_s:.2f}")
-    if first_sound_s is not None:
-        parts.append(f"first sound after {first_sound_s:.2f} s")
-    if generator.last is not None:
-        parts.append(f"seed {generator.last.seed}")
-        if generator.last.num_dropped_turns:
-            parts.append(f"{generator.last.num_dropped_turns} old turns dropped")
-        if not generator.last.reached_eos:
-            parts.append("cut: the model did not end by itself")
-    print(f"{'stdout' if name == '-' else name}: {', '.join(parts)}, watermark {generator.watermark_name}", file=sys.stderr)

@@ -6,7 +6,7 @@ give the same samples. The frame loop is `decoding`'s, the prompt `prompt`'s, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +176,18 @@ class Generator:
         results = self.generate_codes_batch(checked)
         return [self.audio_from_codes(r.codes, trim_silence=q.trim_silence) for r, q in zip(results, checked, strict=True)]
 
-    def generate_codes_batch(self, requests: Sequence[Request | Mapping[str, Any]], *, max_batch_size: int = 32) -> list[GeneratedCodes]:
-        """The codes of several requests, decoded together where their sampling settings and durations agree."""
+    def generate_codes_batch(
+        self,
+        requests: Sequence[Request | Mapping[str, Any]],
+        *,
+        max_batch_size: int = 32,
+        on_frame: Callable[[int, int], None] | None = None,
+    ) -> list[GeneratedCodes]:
+        """The codes of several requests, decoded together where their sampling settings and durations agree.
+
+        Args:
+            on_frame: called with the frames made so far, and of how many requests at a time; for progress.
+        """
         checked = [as_request(request, index) for index, request in enumerate(requests)]
         prompts = [self.prompts.build(r.text, r.speaker, r.context, r.max_frames) for r in checked]
         groups: dict[tuple[float, int, int, int], list[int]] = {}
@@ -188,12 +198,14 @@ class Generator:
         for members in groups.values():
             for start in range(0, len(members), max_batch_size):
                 chosen = members[start : start + max_batch_size]
-                rows = self._decode_together([checked[i] for i in chosen], [prompts[i][0] for i in chosen])
+                rows = self._decode_together([checked[i] for i in chosen], [prompts[i][0] for i in chosen], on_frame)
                 for index, (codes, is_loop) in zip(chosen, rows, strict=True):
                     results[index] = GeneratedCodes.of(checked[index], codes, prompts[index][1], is_loop=is_loop)
         return [results[index] for index in range(len(checked))]
 
-    def _decode_together(self, requests: Sequence[Request], prompts: Sequence[Rows]) -> list[tuple[Tensor, bool]]:
+    def _decode_together(
+        self, requests: Sequence[Request], prompts: Sequence[Rows], on_frame: Callable[[int, int], None] | None
+    ) -> list[tuple[Tensor, bool]]:
         """The codes [F, K] of each request, and whether the guard ended it."""
         guards = [request.guard() for request in requests]
         ends: list[int | None] = [None] * len(requests)  # frames of the rows that are over
@@ -201,6 +213,8 @@ class Generator:
         frames: list[Tensor] = []
         for batch in self._frames(requests, prompts):
             frames.append(batch)
+            if on_frame is not None:
+                on_frame(len(frames), len(requests))
             if not any(guards):
                 continue
             for row, (guard, frame) in enumerate(zip(guards, batch.cpu(), strict=True)):
