@@ -64,7 +64,7 @@ $(VENV): $(STAMP) ## the environment of everything else (about 2 GB); made when 
 $(STAMP): | python-is-new-enough
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints/core.txt $(call locked,core,torch)
-	$(PIP) install -q -c constraints/core.txt -e ".[cluster,demo,dev,eval]"
+	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,demo,dev,eval]"
 	$(PIP) install -q --no-deps $(call locked,core,resemblyzer)
 	! $(PIP) check | grep -viE '^(no broken requirements|resemblyzer )'
 	rm -f $(VENV)/.installed-*

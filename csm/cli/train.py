@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csm.cli.base import Base, open_base
 from csm.cli.hydra_entry import main as hydra_main
 from csm.config import TrainConfig
 
@@ -85,16 +86,23 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         return run_dir
 
     build_missing_demo_data(config)
-    tokenizer = load_run_tokenizer(config)
-    codec_folder, codec_digest = find_codec(config)
+    base = open_base(config.base) if config.base is not None else None
+    if base is not None:
+        config, codec_folder, codec_digest = base.configure(config), base.codec_folder, base.codec_digest
+        tokenizer: TextTokenizer | None = base.tokenizer
+    else:
+        tokenizer = load_run_tokenizer(config)
+        codec_folder, codec_digest = find_codec(config)
     data = CSMDataModule(
         config.data, config.model, tokenizer, codec_digest, config.seed, config.trainer.accumulate, codec_name=config.codec.name
     )
     data.prepare_data()
     data.setup()
 
-    model = build_model(config)
+    model = build_model(config, base)
     module = CSMModule(model, config)
+    if base is not None and config.adapter.kind != "none":
+        module.base_digest = base.weights_digest()
     clock = Clock()
     validation = Validation(data.val_dataloader, config, clock)
     metrics = Metrics(run_dir, config, validation, clock, config.model.num_codebooks, lambda: data.num_bad_samples)
@@ -112,7 +120,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         run_dir,
         callbacks=callbacks,
         loggers=loggers,
-        checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder, writer),
+        checkpoint_io=FolderCheckpointIO(model, tokenizer, codec_folder, writer, config.adapter, config.base),
     )
     data.trainer = trainer  # for its rank and the number of ranks
     steps = StepLoader(
@@ -201,14 +209,22 @@ def find_codec(config: TrainConfig) -> tuple[Path | None, str | None]:
     return folder, str(description["digest"])
 
 
-def build_model(config: TrainConfig) -> CSM:
-    """A new model in the precision of the run."""
+def build_model(config: TrainConfig, base: Base | None = None) -> CSM:
+    """A new model in the precision of the run, or the base's with the run's adapter."""
     import torch
 
     from csm.model.csm import CSM
+    from csm.model.lora import attach_adapter
+    from csm.model.pretrained import load_model
 
     # Made in its dtype at once: a float32 copy of csm_1b is 6 GB.
-    model = CSM(config.model, seed=config.seed, dtype=torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32)
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
+    if base is not None:
+        model = load_model(base.folder, dtype=dtype)
+        if config.adapter.kind != "none":
+            attach_adapter(model, config.adapter, seed=config.seed)
+    else:
+        model = CSM(config.model, seed=config.seed, dtype=dtype)
     if config.model.warm_start is not None:
         from csm.model.pretrained import load_llama_backbone
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from csm.config import ADAPTER_TARGETS, ADAPTER_WHOLES, AdapterConfig
 from csm.model.csm import CSM
 from csm.model.layouts import halves_from_interleaved, interleaved_from_halves, rotary_heads, transformers_name
-from csm.model.lora import LowRank, adaptable_maps, adapted_maps, attach_adapter, whole_parameter
+from csm.model.lora import adaptable_maps, adapted_maps, attach_adapter, whole_parameter
 
+ADAPTER_FOLDER = "adapter"  # in a training checkpoint
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -38,7 +39,7 @@ _PART_OF_OURS = {"backbone": "backbone_model", "decoder": r"depth_decoder\.model
 
 
 def save_adapter(model: CSM, folder: str | Path, config: AdapterConfig, *, name: str = "default", base: str | None = None) -> None:
-    """Write an adapter in PEFT's layout; the folder appears with both files or not at all.
+    """Write an adapter in PEFT's layout.
 
     Args:
         config: as attached.
@@ -46,20 +47,32 @@ def save_adapter(model: CSM, folder: str | Path, config: AdapterConfig, *, name:
     Raises:
         ValueError: if the model has no adapter of that name.
     """
+    write_adapter(Path(folder), adapter_tensors(model, config, name=name), config, base=base)
+
+
+def adapter_tensors(model: CSM, config: AdapterConfig, *, name: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's names, in transformers' order of lanes.
+
+    Raises:
+        ValueError: if the model has no adapter of that name.
+    """
     tensors: dict[str, Tensor] = {}
     for place, adapted in adapted_maps(model).items():
         if name not in adapted.adapters:
             continue
-        low, heads = adapted.adapters[name], rotary_heads(f"{place}.weight", model.config)
-        prefix = _PREFIX + transformers_name(f"{place}.weight").removesuffix(".weight")
-        tensors[prefix + _A] = low.a
-        tensors[prefix + _B] = low.b if heads is None else halves_from_interleaved(low.b, heads)
+        low, heads, prefix = adapted.adapters[name], rotary_heads(f"{place}.weight", model.config), _peft_name(place)
+        tensors[prefix + _A] = low.a.detach()
+        tensors[prefix + _B] = low.b.detach() if heads is None else halves_from_interleaved(low.b.detach(), heads)
         if low.magnitude is not None:
-            tensors[prefix + _MAGNITUDE] = low.magnitude if heads is None else halves_from_interleaved(low.magnitude, heads)
+            magnitude = low.magnitude.detach()
+            tensors[prefix + _MAGNITUDE] = magnitude if heads is None else halves_from_interleaved(magnitude, heads)
     if not tensors:
         raise ValueError(f"adapter {name!r}: the model has none of that name to save")
-    for whole in config.also_train:
-        tensors[_PREFIX + _whole_name(whole)] = whole_parameter(model, whole)
+    return tensors | {_PREFIX + _whole_name(whole): whole_parameter(model, whole).detach() for whole in config.also_train}
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, *, base: str | None = None) -> None:
+    """Write `adapter_tensors` and the configuration that goes with them."""
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -74,10 +87,9 @@ def save_adapter(model: CSM, folder: str | Path, config: AdapterConfig, *, name:
         "bias": "none",
         "inference_mode": True,
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS_NAME + ".tmp")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
     os.replace(part, folder / WEIGHTS_NAME)
     part = folder / (CONFIG_NAME + ".tmp")
     part.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -93,26 +105,45 @@ def load_adapter(model: CSM, folder: str | Path, *, name: str = "default") -> Ad
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    try:
-        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_NAME}: cannot be read ({error})") from error
+    tensors = _read_tensors(folder)
     wanted = {place for place, _ in adaptable_maps(model, config)}
-    found = {place for place in wanted if _peft_name(place) + _A in tensors}
-    if not found:
+    if not any(_peft_name(place) + _A in tensors for place in wanted):
         raise ValueError(
             f"{folder}: none of its {len(tensors)} tensors belongs to a CSM; expected names like {_peft_name(min(wanted))}{_A}"
         )
     attach_adapter(model, config, name=name)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, tensor in read_adapter_state(model, folder, config, name=name).items():
+            own[key].copy_(tensor)
+    return config
+
+
+def read_adapter_state(model: CSM, folder: Path, config: AdapterConfig, *, name: str = "default") -> dict[str, Tensor]:
+    """The files' tensors under the names of a model that already has the adapter: its factors, and what is trained whole.
+
+    Raises:
+        ValueError: if they are not those of the adapter; says which.
+    """
+    tensors = _read_tensors(folder)
+    state: dict[str, Tensor] = {}
     for place, adapted in adapted_maps(model).items():
-        if name in adapted.adapters:
-            _fill(adapted.adapters[name], tensors, place, model, folder)
+        if name not in adapted.adapters:
+            continue
+        low, heads, prefix = adapted.adapters[name], rotary_heads(f"{place}.weight", model.config), _peft_name(place)
+        inside = f"{place}.adapters.{name}"
+        state[f"{inside}.a"] = _take(tensors, prefix + _A, low.a, folder)
+        b = _take(tensors, prefix + _B, low.b, folder)
+        state[f"{inside}.b"] = b if heads is None else interleaved_from_halves(b, heads)
+        if low.magnitude is not None:
+            magnitude = _take(tensors, prefix + _MAGNITUDE, low.magnitude, folder)
+            state[f"{inside}.magnitude"] = magnitude if heads is None else interleaved_from_halves(magnitude, heads)
     for whole in config.also_train:
-        _copy(whole_parameter(model, whole), tensors, _PREFIX + _whole_name(whole), folder)
+        own_name = whole if whole == "audio_head" else f"{whole}.weight"
+        state[own_name] = _take(tensors, _PREFIX + _whole_name(whole), whole_parameter(model, whole), folder)
     if tensors:
         raise ValueError(f"{folder}: {len(tensors)} tensors have no place in model={model.config.name}, such as {min(tensors)}")
-    return config
+    return state
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -188,22 +219,17 @@ def _peft_name(place: str) -> str:
     return _PREFIX + transformers_name(f"{place}.weight").removesuffix(".weight")
 
 
-def _fill(low: LowRank, tensors: dict[str, Tensor], place: str, model: CSM, folder: Path) -> None:
-    """Take the tensors of one map out of a file's."""
-    prefix, heads = _peft_name(place), rotary_heads(f"{place}.weight", model.config)
-    _copy(low.a, tensors, prefix + _A, folder)
-    for parameter, suffix in ((low.b, _B), (low.magnitude, _MAGNITUDE)):
-        if parameter is None:
-            continue
-        if heads is not None and prefix + suffix in tensors and tensors[prefix + suffix].shape == parameter.shape:
-            tensors[prefix + suffix] = interleaved_from_halves(tensors[prefix + suffix], heads)
-        _copy(parameter, tensors, prefix + suffix, folder)
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME}: cannot be read ({error})") from error
 
 
-@torch.no_grad()
-def _copy(parameter: nn.Parameter, tensors: dict[str, Tensor], key: str, folder: Path) -> None:
+def _take(tensors: dict[str, Tensor], key: str, like: nn.Parameter, folder: Path) -> Tensor:
     got = tensors.pop(key, None)
-    if got is None or got.shape != parameter.shape:
+    if got is None or got.shape != like.shape:
         shape = "missing" if got is None else tuple(got.shape)
-        raise ValueError(f"{folder}: {key} is {shape}, the model takes {tuple(parameter.shape)}; the adapter is of another model")
-    parameter.copy_(got)
+        raise ValueError(f"{folder}: {key} is {shape}, the model takes {tuple(like.shape)}; the adapter is of another model")
+    return got

@@ -36,6 +36,7 @@ from csm.model.layouts import (
     transformers_json,
     transformers_name,
 )
+from csm.model.lora import base_state_dict, merged_adapter
 from csm.model.processor import save_processor
 from csm.model.weights import INDEX_NAME, SINGLE_NAME, Source, TensorFiles, read_json, write_json, write_tensors
 
@@ -176,7 +177,7 @@ def save_model(
     sources: Mapping[str, Source] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write weights and config in one of the layouts.
+    """Write weights and config in one of the layouts; a model with an adapter is written merged.
 
     Args:
         layout: "csm" (config.json and model.safetensors), "sesame" (the same tensors, Sesame's config, never sharded) or
@@ -199,9 +200,13 @@ def save_model(
         raise ValueError(f"layout={layout} holds no processor; leave tokenizer out, or choose layout=transformers")
     folder = Path(folder)
     config = model.config
-    own = model.state_dict()
+    own = base_state_dict(model)
+    if sources is None and state_dict is None:
+        with merged_adapter(model):  # only here: a checkpoint is written from a state dict, beside a model that trains
+            state_dict = base_state_dict(model)
     if sources is None:
-        sources = _sources(own if state_dict is None else state_dict)
+        assert state_dict is not None
+        sources = _sources(state_dict)
     _refuse_differences(folder, "the model being saved", {name: shape for name, (shape, _, _) in sources.items()}, _shapes(own))
     if tokenizer is not None:
         save_processor(folder, tokenizer, config.text_vocab_size)

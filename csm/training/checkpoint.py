@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from csm.codec.voices import VOICES_FOLDER
+from csm.config import AdapterConfig
 from csm.model import checkpoint_folder
+from csm.model.adapter_files import ADAPTER_FOLDER, adapter_tensors, read_adapter_config, read_adapter_state, write_adapter
 from csm.model.checkpoint_folder import (
     Say,
     checkpoint_name,
@@ -34,6 +38,7 @@ from csm.model.checkpoint_folder import (
     write_text,
 )
 from csm.model.csm import CSM
+from csm.model.lora import base_state_dict
 from csm.model.pretrained import resolve_checkpoint
 from csm.text import TextTokenizer
 from csm.training import zero_files
@@ -56,6 +61,7 @@ __all__ = [
 ]
 
 _WEIGHTS_PREFIX = "model."  # of the CSM inside CSMModule
+_ADAPTER_PREFIX = "adapter."
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
@@ -66,6 +72,8 @@ class FolderCheckpointIO(CheckpointIO):
         model: saved with its own `save_pretrained`, so that the folder is a model to load anywhere.
         tokenizer, codec_folder: saved beside it, so that the checkpoint speaks by itself; None where the run has none.
         writer: does the writing; an asynchronous one gets copies of the tensors, so that training can go on. None writes at once.
+        adapter, base: the run's. With an adapter the model's file holds it merged (save inside `merged_adapter`), for whoever
+            loads the checkpoint as a model, and `adapter/` holds it apart, in PEFT's layout, for PEFT and to go on from.
     """
 
     def __init__(
@@ -74,15 +82,21 @@ class FolderCheckpointIO(CheckpointIO):
         tokenizer: TextTokenizer | None = None,
         codec_folder: Path | None = None,
         writer: BackgroundWriter | None = None,
+        adapter: AdapterConfig | None = None,
+        base: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.codec_folder = model, tokenizer, codec_folder
+        self._adapter = adapter if adapter is not None and adapter.kind != "none" else None
+        self._base = base
         self._writer = writer if writer is not None else BackgroundWriter(is_async=False)
         self._copies = TensorCopies()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self._writer.make_room()  # what is in flight reads the copies
         state, tensors = _encode_checkpoint(checkpoint)
-        tensors |= {_WEIGHTS_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {_WEIGHTS_PREFIX + name: tensor for name, tensor in base_state_dict(self.model).items()}
+        if self._adapter is not None:
+            tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in adapter_tensors(self.model, self._adapter).items()}
         copies = self._copies.take(tensors) if self._writer.is_async else None
         if copies is None:
             self._write(Path(path), state, tensors)
@@ -90,17 +104,19 @@ class FolderCheckpointIO(CheckpointIO):
             self._writer.start(partial(self._write, Path(path), state, copies))
 
     def _write(self, folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint: its state, and its tensors, the model's under `model.`.
+        """Write a checkpoint: its state, and its tensors, the model's under `model.`, an adapter's under `adapter.`.
 
         Raises:
             OSError: says what is left to go on from, and what to do.
         """
-        weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHTS_PREFIX)}
-        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_WEIGHTS_PREFIX)}
+        weights, adapter = _under(_WEIGHTS_PREFIX, tensors), _under(_ADAPTER_PREFIX, tensors)
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith((_WEIGHTS_PREFIX, _ADAPTER_PREFIX))}
         part: Path | None = None
         try:
             part = open_part(folder)
             self.model.save_pretrained(part, layout="csm", state_dict=weights)
+            if self._adapter is not None:
+                write_adapter(part / ADAPTER_FOLDER, adapter, self._adapter, base=self._base)
             self._write_companions(part, state, others)
             step = state["global_step"] if "global_step" in state else checkpoint_step(folder)
             publish(part, folder, step=step, world_size=1)
@@ -120,6 +136,9 @@ class FolderCheckpointIO(CheckpointIO):
             (part / "codec").mkdir()
             for file in sorted(self.codec_folder.glob("codec.*")):  # codec.json, and codec.safetensors where weights are ours
                 shutil.copyfile(file, part / "codec" / file.name)
+            voices = self.codec_folder.parent / VOICES_FOLDER  # presets of the corpus, so that --voice works from a checkpoint alone
+            if voices.is_dir():
+                shutil.copytree(voices, part / VOICES_FOLDER, copy_function=shutil.copyfile)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / "optimizer.safetensors")
         write_text(part / "state.json", json.dumps(state, indent=1) + "\n")
 
@@ -154,9 +173,28 @@ class FolderCheckpointIO(CheckpointIO):
             if name.startswith("model") and name.endswith(".safetensors"):
                 weights |= load_file(folder / name)
         _check_weights(folder, {name: tuple(tensor.shape) for name, tensor in weights.items()}, self.model)
+        weights = self._apart(folder, weights)
         tensors = load_file(folder / "optimizer.safetensors")
         state = _decode(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
         return {**state, "state_dict": {_WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()}}
+
+    def _apart(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights to go on from: those of the file, or the base's, which the model has, and the adapter's.
+
+        Raises:
+            ValueError: if the checkpoint has an adapter and the run has none, or the reverse, or another.
+        """
+        has_adapter = (folder / ADAPTER_FOLDER).is_dir()
+        if self._adapter is None or not has_adapter:
+            if has_adapter != (self._adapter is not None):
+                got, own = ("has one", "has none") if has_adapter else ("has none", "has one")
+                raise ValueError(f"{folder}: the checkpoint {got}, this run {own}: an adapter; resume with the adapter.* it was saved with")
+            return weights
+        saved = replace(read_adapter_config(folder / ADAPTER_FOLDER), dropout=self._adapter.dropout)
+        own_config = replace(self._adapter, targets=sorted(self._adapter.targets), parts=sorted(self._adapter.parts))
+        if replace(saved, targets=sorted(saved.targets), parts=sorted(saved.parts)) != own_config:
+            raise ValueError(f"{folder}: its adapter is {saved}, this run's {self._adapter}; resume with the adapter.* it was saved with")
+        return {**self.model.state_dict(), **read_adapter_state(self.model, folder / ADAPTER_FOLDER, self._adapter)}
 
     def remove_checkpoint(self, path: str | Path) -> None:
         checkpoint_folder.remove_checkpoint(Path(path))
@@ -171,12 +209,16 @@ def _explain(error: Exception, folder: Path) -> str:
 
 
 def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: CSM) -> None:
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = {name: tensor.shape for name, tensor in base_state_dict(model).items()}
     for name in sorted({*own, *shapes}):
         got = shapes.get(name, "nothing")
         expected = tuple(own[name]) if name in own else "nothing"
         if got != expected:
             raise ValueError(f"{folder} is of another model: {name} is {got}, this run's model={model.config.name} has {expected}")
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _encode_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,7 +8,8 @@ ranks change neither the loss nor the gradient. How gradients become a step is i
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from csm.config import TrainConfig
 from csm.frames import Batch
 from csm.loss import csm_loss
 from csm.model.csm import CSM
+from csm.model.lora import merged_adapter
 from csm.training.ema import WeightAverage, put_back_trained_weights
 from csm.training.guards import StepGuard, StepNumbers, describe_samples
 from csm.training.optim import build_optimizers, learning_rate
@@ -40,6 +42,7 @@ class CSMModule(LightningModule):
             positions, all positions; last the steps.
         grad_norm: of the last step, before clipping.
         should_stop: set by a signal; the ranks agree on it at the next step.
+        base_digest: of the weights that the run's adapter stands beside; None without one.
     """
 
     def __init__(self, model: CSM, config: TrainConfig) -> None:
@@ -55,6 +58,7 @@ class CSMModule(LightningModule):
         self.window = torch.zeros(model.config.num_codebooks + 6, dtype=torch.float64)
         self.grad_norm = float("nan")
         self.should_stop = False
+        self.base_digest: str | None = None
         self._hyperparameters: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -83,9 +87,12 @@ class CSMModule(LightningModule):
         """Steps dropped so far."""
         return self.guard.num_skipped
 
-    def weights_for_use(self) -> AbstractContextManager[None]:
-        """Inside, the model has the weights to validate, to speak with and to hand to users: the average where there is one."""
-        return self.average.applied() if self.average is not None else nullcontext()
+    @contextmanager
+    def weights_for_use(self) -> Iterator[None]:
+        """Inside, the model has the weights to validate, to speak with and to hand to users: the average where there is one,
+        the adapter merged."""
+        with self.average.applied() if self.average is not None else nullcontext(), merged_adapter(self.model):
+            yield
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """One optimizer step.
@@ -171,6 +178,7 @@ class CSMModule(LightningModule):
             "num_frames_heard": self.num_frames_heard,
             "window": self.window.tolist(),
             "guard": self.guard.state_dict(),
+            "base_digest": self.base_digest,
         }
         if self.average is not None and self.config.trainer.save_optimizer:
             checkpoint["csm"]["average"] = self.average.state_dict()
@@ -181,6 +189,10 @@ class CSMModule(LightningModule):
                 "this checkpoint has no optimizer state (trainer.save_optimizer=false), so no run can go on from it; start a new one"
             )
         state = checkpoint["csm"]
+        if state.get("base_digest") != self.base_digest:
+            raise ValueError(
+                f"this checkpoint's adapter was trained beside other weights than base={self.config.base} has now; give the base it had"
+            )
         self.step, self.num_frames_heard = state["step"], state["num_frames_heard"]
         window = torch.tensor(state["window"], dtype=torch.float64)
         if window.shape == self.window.shape:  # else of a version that measured less: the next row begins at this step
