@@ -53,7 +53,7 @@ struct Stack {
     const Layer* layers;
     const float *cos, *sin;  // [positions, head_dim / 2]
     const float* last_scale;  // [width]; null: folded into what follows
-    int64_t num_layers, width, num_heads, num_kv_heads, head_dim;
+    int64_t num_layers, width, num_heads, num_kv_heads, head_dim, use_tiles;
     float eps;
 };
 
@@ -151,10 +151,9 @@ struct Scratch {
     std::vector<int> places;
     alignas(64) float tile[16 * PANEL];
     alignas(64) int32_t high_sums[16 * PANEL], low_sums[16 * PANEL];
-    int tile_rows = 0;
+    bool use_tiles = false;
+    int tile_rows = 0;  // as the tiles are set
 };
-
-static bool use_amx = false;
 
 // R rows by one panel; x: [in][R], side by side, so that a step's inputs share a cache line.
 template <int R>
@@ -336,13 +335,13 @@ static void multiply(const Linear& linear, const float* x, int64_t stride, int r
                 rows_float32((const float*)panel, scratch.laid.data() + at, in, taken, scratch.tile);
             } else if (linear.kind == BFLOAT16) {
 #ifdef CSM_AMX
-                if (use_amx) tiles_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile, scratch);
+                if (scratch.use_tiles) tiles_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile, scratch);
                 else
 #endif
                     rows_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile);
             } else {
 #ifdef CSM_AMX
-                if (use_amx) tiles_int8(linear, (const int8_t*)panel, scratch.high.data() + at, scratch.low.data() + at, taken, scratch);
+                if (scratch.use_tiles) tiles_int8(linear, (const int8_t*)panel, scratch.high.data() + at, scratch.low.data() + at, taken, scratch);
                 else
 #endif
                     rows_int8(linear, (const int8_t*)panel, scratch.high.data() + at, scratch.low.data() + at, taken, scratch);
@@ -535,10 +534,11 @@ static int64_t sample(const float* logits, int64_t size, float uniform, float te
 }
 
 template <class Body>
-static void run_team(int num_threads, Body body) {
+static void run_team(int num_threads, bool use_tiles, Body body) {
     Barrier barrier(num_threads);
     const auto member = [&](int index) {
         Scratch scratch;
+        scratch.use_tiles = use_tiles;
         body(Team{index, num_threads, &barrier}, scratch);
 #ifdef CSM_AMX
         if (scratch.tile_rows) _tile_release();
@@ -552,13 +552,14 @@ static void run_team(int num_threads, Body body) {
 
 extern "C" {
 
-// Ask the kernel for AMX, once a process. Returns whether tiles will be used.
-int csm_init(int allow_amx) {
+// Whether tiles can be used: asks the kernel for them, which it wants once a process.
+int csm_has_tiles() {
 #ifdef CSM_AMX
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    use_amx = allow_amx && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
 #endif
-    return use_amx;
 }
 
 // One position a row through the backbone. embeds, hidden: [B, D]; starts: [B], padding in front of each row, or null.
@@ -567,7 +568,7 @@ void csm_backbone_step(const Stack* stack, const Cache* cache, const float* embe
     const int batch_size = int(cache->batch_size);
     Rows rows(*stack, batch_size);
     for (int b = 0; b < batch_size; ++b) std::copy_n(embeds + b * stack->width, stack->width, rows.x.data() + b * rows.stride);
-    run_team(num_threads, [&](const Team& team, Scratch& scratch) {
+    run_team(num_threads, stack->use_tiles, [&](const Team& team, Scratch& scratch) {
         run_layers(*stack, *cache, rows, batch_size, 1, length, starts, team, scratch);
         if (team.index) return;
         const float* normed = normalise(rows.x.data(), rows.stride, batch_size, stack->width, stack->eps, stack->last_scale, scratch);
@@ -589,7 +590,7 @@ void csm_frame(const Depth* depth, const Cache* cache, const float* hidden, cons
         v16* place = (v16*)(logits.data() + row * logits_stride + panel * PANEL);
         place[0] = sums[0], place[1] = sums[1];
     };
-    run_team(num_threads, [&](const Team& team, Scratch& scratch) {
+    run_team(num_threads, stack.use_tiles, [&](const Team& team, Scratch& scratch) {
         multiply(depth->projection, hidden, hidden_width, batch_size, team, scratch, [&](int64_t panel, int row, v16* sums) {
             v16* place = (v16*)(rows.x.data() + 2 * row * rows.stride + panel * PANEL);
             place[0] = sums[0], place[1] = sums[1];

@@ -32,7 +32,7 @@ PANEL = 32
 _CHUNK_BYTES = 64 * 2**20
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _SOURCE = Path(__file__).with_name("frame_loop.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC", "-pthread")
+_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 
 
 class _Linear(ctypes.Structure):
@@ -51,7 +51,7 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "last_scale")),
-        *((name, ctypes.c_int64) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "use_tiles")),
         ("eps", ctypes.c_float),
     ]
 
@@ -96,7 +96,7 @@ class NativeLoop:
         self.num_codebooks, self.vocab_size = config.num_codebooks, config.audio_vocab_size
         self.dtype, self.device = model.projection.weight.dtype, model.projection.weight.device
         self._library = compiled_loop()
-        self.has_tiles = bool(self._library.csm_init(int(use_tiles)))
+        self.has_tiles = use_tiles and bool(self._library.csm_has_tiles())
         self._kept: list[Any] = []  # what the structures point into
         self._chunk, self._free = torch.zeros(0, dtype=torch.uint8), 0
         kind = self.weights
@@ -142,7 +142,7 @@ class NativeLoop:
             hidden.data_ptr(),
             start,
             None if starts is None else starts.data_ptr(),
-            torch.get_num_threads(),
+            self._num_threads(),
         )
         cache.length += 1
         return hidden.to(embeds.dtype)
@@ -172,9 +172,13 @@ class NativeLoop:
             int(sampler.forbids_eos(frame_index)),
             codes.data_ptr(),
             None if logits is None else logits.data_ptr(),
-            torch.get_num_threads(),
+            self._num_threads(),
         )
         return codes
+
+    def _num_threads(self) -> int:
+        """torch's choice, up to what a step can share out: a thread without a panel only waits."""
+        return min(torch.get_num_threads(), 2 * -(-self._depth_config.width // PANEL))
 
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
@@ -218,6 +222,7 @@ class NativeLoop:
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
+            int(self.has_tiles),
             config.norm_eps,
         )
 
@@ -264,7 +269,7 @@ def compiled_loop() -> ctypes.CDLL:
             os.replace(part, target)
     library = ctypes.CDLL(str(target))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.csm_init.argtypes, library.csm_init.restype = [ctypes.c_int], ctypes.c_int
+    library.csm_has_tiles.argtypes, library.csm_has_tiles.restype = [], ctypes.c_int
     library.csm_backbone_step.argtypes = [pointer, pointer, pointer, pointer, number, pointer, ctypes.c_int]
     library.csm_backbone_step.restype = None
     library.csm_frame.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_float, number, ctypes.c_int, pointer, pointer, ctypes.c_int]
