@@ -29,12 +29,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from csm.codec import SpectralCodec
+from csm.codec.voices import VOICES_FOLDER
 from csm.config import PrepConfig
 from csm.frames import SAMPLE_RATE_HZ, num_frames_from_samples
 from csm.text import WordTokenizer
 from data_prep.script import SPLITS, VOICES, Conversation, Plan, make_plan, spoken, vocabulary
 from data_prep.shard import Sample, write_atomic, write_split
 from data_prep.synthesis import LICENCES, LICENSE, PACKAGE, Synthesizer, random_for, synthesizer_version
+from data_prep.voices import add_voices
 
 CORPUS_VERSION = 1  # raise when the same settings would give other bytes
 DESCRIPTION_NAME = "corpus.json"
@@ -89,6 +91,8 @@ def build_demo(config: PrepConfig) -> Path:
     settings = corpus_settings(config)
     console = Console(soft_wrap=True)
     if _is_finished(output, settings):
+        if not (output / VOICES_FOLDER).is_dir():  # built before there were presets
+            add_voices(output, json.loads((output / DESCRIPTION_NAME).read_text(encoding="utf-8")))
         console.print(f"{output}: corpus of these settings is there already, nothing to do", highlight=False)
         return output
     started_at_s = time.monotonic()
@@ -155,6 +159,7 @@ def _build(config: PrepConfig, settings: dict[str, Any], folder: Path, console: 
         for split in SPLITS:
             write_split(samples(split), folder / split, codec.index_entry())
     description = _describe(settings, plan, counts, codec, tokenizer)
+    add_voices(folder, description)
     write_atomic(folder / DESCRIPTION_NAME, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
     return description
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from csm.generation.voices import find_voices, load_voice, save_voice, voice_from_recording
+from csm.codec.voices import VOICES_FOLDER, save_voice
+from csm.generation.voices import find_voices, load_voice, voice_from_recording
 
 TERMS = dict(text="one two", speaker_name="A. Speaker", licence="CC0-1.0", consent="recorded by the speaker for this test")
 
@@ -73,3 +74,85 @@ def test_the_description_is_plain_json(voice, tmp_path):
     folder = save_voice(voice, tmp_path)
     assert json.loads((folder / "voice.json").read_text())["licence"] == "CC0-1.0"
     assert sorted(path.name for path in folder.iterdir()) == ["codes.safetensors", "voice.json"]
+
+
+@pytest.fixture(scope="module")
+def demo_voices(demo_corpus_small):
+    """The presets that come with the demo corpus, by name."""
+    folders = [demo_corpus_small / VOICES_FOLDER]
+    return {name: load_voice(name, folders) for name in find_voices(folders)}
+
+
+def test_the_demo_corpus_ships_a_preset_of_each_of_its_voices(demo_voices, demo_corpus_small):
+    from csm.codec import SpectralCodec
+
+    codec = SpectralCodec.load(demo_corpus_small / "codec")
+    assert {name: voice.speaker for name, voice in demo_voices.items()} == {"tenor": 0, "bass": 1, "piper": 2, "contralto": 3}
+    for voice in demo_voices.values():
+        assert voice.turn(codec).speaker == voice.speaker  # of this very codec
+        assert 1.0 <= voice.duration_s <= 2.4 and voice.licence == "Apache-2.0" and "nobody was recorded" in voice.consent
+
+
+def test_each_demo_preset_sounds_like_its_speaker(demo_voices, demo_corpus_small):
+    """A speaker encoder, taught on other turns that went through the same codec, names the voice of every preset's sound."""
+    from csm.codec import SpectralCodec
+    from csm.data.shards import iter_samples
+    from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
+
+    try:
+        encoder = SpeakerEncoder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    codec = SpectralCodec.load(demo_corpus_small / "codec")
+    turns = [turn for sample in iter_samples(demo_corpus_small / "heldout") for turn in sample.turns if turn.codes is not None]
+    references = [(turn.speaker, turn.text, encoder.embed(codec.decode(turn.codes).numpy())) for turn in turns]
+    names = {voice.speaker: name for name, voice in demo_voices.items()}
+    book = VoiceBook([(names[speaker], text, embedding) for speaker, text, embedding in references if embedding is not None])
+    for name, voice in demo_voices.items():
+        similarities = book.similarities(encoder.embed(codec.decode(voice.codes).numpy()), voice.text)
+        assert max(similarities, key=lambda each: similarities[each]) == name, similarities
+
+
+def test_presets_travel_from_the_corpus_into_checkpoints_and_exports(demo_voices, demo_corpus_small, speaking_model, tmp_path):
+    """`--voice NAME` needs nothing but the checkpoint."""
+    from csm.cli.commands import main
+    from csm.text import tokenizer_from_folder
+    from csm.training.checkpoint import FolderCheckpointIO
+
+    tokenizer = tokenizer_from_folder(demo_corpus_small)
+    part = tmp_path / "step_000001"
+    part.mkdir()
+    speaking_model.save_pretrained(part)
+    FolderCheckpointIO(speaking_model, tokenizer, demo_corpus_small / "codec").write_companions(part, {"optimizer_states": []})
+    exported = tmp_path / "exported"
+    assert main(["export", str(part), str(exported), "--layout", "csm"]) == 0
+    for folder in (part, exported):
+        voices = find_voices([folder / VOICES_FOLDER])
+        assert set(voices) == set(demo_voices)
+        assert torch.equal(load_voice("bass", [folder / VOICES_FOLDER]).codes, demo_voices["bass"].codes)
+
+
+def test_an_older_corpus_gets_its_presets_and_keeps_its_bytes(demo_voices, demo_corpus_small, tmp_path):
+    import shutil
+
+    from data_prep.voices import add_voices
+
+    folder = tmp_path / "corpus"
+    shutil.copytree(demo_corpus_small, folder, ignore=shutil.ignore_patterns(VOICES_FOLDER))
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert add_voices(folder, json.loads((folder / "corpus.json").read_text())) == folder / VOICES_FOLDER
+    after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path: content for path, content in after.items() if path.parts[0] != VOICES_FOLDER} == before
+    for path in (folder / VOICES_FOLDER).rglob("*.*"):
+        assert path.read_bytes() == (demo_corpus_small / path.relative_to(folder)).read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["--licence", "--consent"])
+def test_the_command_refuses_a_voice_without_terms(speaking_checkpoint, tmp_path, capsys, missing):
+    from csm.cli.commands import main
+
+    terms = {"--text": "one two", "--speaker-name": "A. Speaker", "--licence": "CC0-1.0", "--consent": "given for this test"}
+    arguments = ["voices", "add", "warm", "--voices", str(tmp_path), "--checkpoint", str(speaking_checkpoint), "--audio", "a.wav"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *(part for name, value in terms.items() if name != missing for part in (name, value))])
+    assert ended.value.code == 2 and missing in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -38,11 +38,12 @@ def declare(commands: Any) -> None:
 
 
 def _voice_folders(arguments: argparse.Namespace) -> list[Path]:
+    from csm.codec.voices import VOICES_FOLDER
     from csm.model.pretrained import resolve_checkpoint
 
     folders = [arguments.voices]
     if arguments.checkpoint is not None:
-        folders.append(resolve_checkpoint(arguments.checkpoint) / "voices")
+        folders.append(resolve_checkpoint(arguments.checkpoint) / VOICES_FOLDER)
     return folders
 
 
@@ -84,9 +85,10 @@ def _voices_show(arguments: argparse.Namespace) -> int:
 def _voices_add(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint is None:
         raise ValueError("csm voices add needs --checkpoint: a preset is kept as codes of that model's codec")
+    from csm.codec.voices import save_voice
     from csm.generation.audio_files import read_audio
     from csm.generation.checkpoint import load_codec_of
-    from csm.generation.voices import save_voice, voice_from_recording
+    from csm.generation.voices import voice_from_recording
 
     waveform, _ = read_audio(arguments.audio)
     voice = voice_from_recording(
