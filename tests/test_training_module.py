@@ -16,7 +16,8 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 from csm.cli.hydra_entry import compose
-from csm.cli.train import build_model, train
+from csm.cli.run_parts import build_model
+from csm.cli.train import train
 from csm.config import DataConfig, LoggerConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from csm.data.datamodule import CSMDataModule
 from csm.loss import csm_loss

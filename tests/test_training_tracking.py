@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from csm.cli.hydra_entry import compose
-from csm.cli.train import build_transcriber, main, train
+from csm.cli.run_parts import build_transcriber
+from csm.cli.train import main, train
 from csm.config import LoggerConfig, ModelConfig, TrainConfig
 from csm.data.datamodule import CSMDataModule
 from csm.generation.audio_files import write_audio
