@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from csm.whole_files import write_text
+
 BOS_ID, EOS_ID = 128_000, 128_001  # Llama-3
 NUM_LLAMA3_BASE_TOKENS = 128_000
 LLAMA3_VOCAB_SIZE = 128_256
@@ -49,10 +51,7 @@ class TextTokenizer(ABC):
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into `folder`."""
-        path = folder / FILE_NAME
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(self.settings(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_text(folder / FILE_NAME, json.dumps(self.settings(), indent=1, ensure_ascii=False) + "\n")
 
 
 class WordTokenizer(TextTokenizer):

@@ -2,7 +2,7 @@
 
 A shard is a plain WebDataset tar whose bytes depend on nothing but its samples; beside it lies one JSON line a sample with
 the place of every member, and `index.json`, written last, names the shards. Reading them for training is csm.data's job.
-Format: docs/data-format.md.
+Format: docs/data_format.md.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def check_sample(key: str, meta: dict[str, Any], codes: np.ndarray, codec_entry:
         for turn in meta["turns"]:
             int(turn["speaker"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{at}: its JSON is not ours ({type(error).__name__}: {error}); see docs/data-format.md") from error
+        raise ValueError(f"{at}: its JSON is not ours ({type(error).__name__}: {error}); see docs/data_format.md") from error
     ends = [0, *(last for _, last in ranges)]
     if [first for first, _ in ranges] != ends[:-1] or ends[-1] != codes.shape[1] or any(last <= first for first, last in ranges):
         raise ValueError(f"{at}: turns cover frames {ranges} of {codes.shape[1]}; expected each turn to follow the one before, to the end")

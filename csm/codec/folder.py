@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from csm.whole_files import write_text
+
 DESCRIPTION_NAME = "codec.json"
 WEIGHTS_NAME = "codec.safetensors"
 
@@ -33,9 +35,7 @@ def write_codec_folder(folder: Path, description: Mapping[str, object], tensors:
         partial = folder / f"{WEIGHTS_NAME}.tmp"
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
         os.replace(partial, folder / WEIGHTS_NAME)
-    partial = folder / f"{DESCRIPTION_NAME}.tmp"
-    partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / DESCRIPTION_NAME)
+    write_text(folder / DESCRIPTION_NAME, json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
 def read_description(folder: Path) -> dict[str, object]:

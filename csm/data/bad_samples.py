@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from csm.whole_files import write_text
+
 NUM_BAD_NAMED = 20  # bad samples that a run names in its log
 Position = tuple[int, int]  # epoch, and the batch of it that was next when a sample was found to be bad
 
@@ -84,9 +86,7 @@ class BadSamples:
         self._path = path
         self._written = {(entry.shard, entry.sample) for entry in earlier}
         if path.is_file() and not path.read_bytes().endswith(b"\n"):
-            part = path.with_name(path.name + ".tmp")
-            part.write_text("".join(_line(entry) for entry in earlier), encoding="utf-8")
-            part.replace(path)
+            write_text(path, "".join(_line(entry) for entry in earlier))
         for entry in self._entries:
             self._append(entry)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from csm.evaluation.metrics import align_words
 from csm.evaluation.plots import Series, bar_chart, line_chart
 from csm.evaluation.suites import CONTEXT, SINGLE, Utterance, evenly_spaced
 from csm.frames import SAMPLE_RATE_HZ
+from csm.whole_files import write_text
 
 NUM_CARDS = {SINGLE: 16, CONTEXT: 8}  # utterances that can be heard; with four to six clips each, about 3 MB
 _WORST_SHARE = 0.25  # of the cards go to the lines with most errors, the others are spread evenly
@@ -115,9 +115,7 @@ def write_report(
         charts=_charts(summary, rows, verdicts, history, colors),
         voices=sorted({verdict.voice for verdict in verdicts}),
     )
-    part = path.with_suffix(".tmp")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, page)
 
 
 def terminal_table(summary: Mapping) -> Table:

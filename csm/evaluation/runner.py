@@ -38,6 +38,7 @@ from csm.evaluation.suites import SINGLE, Utterance, evenly_spaced, read_suites
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import GeneratedCodes, Generator, Request
 from csm.model.pretrained import resolve_checkpoint
+from csm.whole_files import write_text
 
 NUM_WORKERS = 2  # clips judged at a time
 MAX_VALIDATION_SAMPLES = 200  # conversations scored from the validation split, spread evenly
@@ -83,8 +84,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     rows = plan_rows(config.temperatures, context=config.context, has_audio=all(u.audio is not None for u in suites[SINGLE]))
     verdicts = _speak_and_judge(config, generator, recogniser, encoder, everything[SINGLE], suites, rows, places.output, console)
     summary = _summarise(config, places, generator, index, rows, verdicts, recogniser, encoder, suites)
-    _write_text(places.output / "samples.jsonl", "".join(json.dumps(v.as_json(), ensure_ascii=False) + "\n" for v in verdicts))
-    _write_text(places.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_text(places.output / "samples.jsonl", "".join(json.dumps(v.as_json(), ensure_ascii=False) + "\n" for v in verdicts))
+    write_text(places.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if config.html:
         utterances = {utterance.key: utterance for suite in suites.values() for utterance in suite}
         history = places.run / "metrics.csv"
@@ -246,12 +247,6 @@ def _summarise(
 def _write_audio(path: Path, audio: np.ndarray) -> None:
     part = path.with_suffix(".tmp")
     soundfile.write(part, np.clip(audio, -1.0, 1.0), SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
-    os.replace(part, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".tmp")
-    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

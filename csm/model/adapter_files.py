@@ -21,6 +21,7 @@ from csm.config import ADAPTER_TARGETS, ADAPTER_WHOLES, AdapterConfig
 from csm.model.csm import CSM
 from csm.model.layouts import halves_from_interleaved, interleaved_from_halves, rotary_heads, transformers_name
 from csm.model.lora import adaptable_maps, adapted_maps, attach_adapter, whole_parameter
+from csm.whole_files import write_text
 
 ADAPTER_FOLDER = "adapter"  # in a training checkpoint
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
@@ -91,9 +92,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfi
     part = folder / (WEIGHTS_NAME + ".tmp")
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
     os.replace(part, folder / WEIGHTS_NAME)
-    part = folder / (CONFIG_NAME + ".tmp")
-    part.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / CONFIG_NAME)
+    write_text(folder / CONFIG_NAME, json.dumps(described, indent=2) + "\n")
 
 
 def load_adapter(model: CSM, folder: str | Path, *, name: str = "default") -> AdapterConfig:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from csm.whole_files import write_text
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # the first had neither step and world size nor a digest of its own
@@ -213,12 +215,6 @@ def _digest_once(path: Path) -> str:
     if key not in _digests:
         _digests[key] = file_digest(path)
     return _digests[key]
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + _UNFINISHED)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def flush(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from csm.training.loggers import WandbRecord
 from csm.training.module import CSMModule
 from csm.training.plan import count_flops
 from csm.training.steps import Step
+from csm.whole_files import write_text
 
 # What a clock or the machine decides; with trainer.deterministic=true these stay out of metrics.csv.
 WALL_CLOCK_COLUMNS = ["frames_per_s", "mfu", "data_wait_share", "memory_gib"]
@@ -173,9 +173,7 @@ class Rows:
                     if (row.get("step") or "").isdigit() and int(row["step"]) <= keep_until:
                         kept.append({column: row.get(column) or "" for column in self.columns})
         text = self._line({column: column for column in self.columns}) + "".join(self._line(row) for row in kept)
-        part = self.path.with_suffix(".tmp")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path)
+        write_text(self.path, text)
         return kept
 
     def append(self, row: dict[str, float]) -> None:

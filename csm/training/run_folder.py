@@ -22,6 +22,7 @@ from csm.model.pretrained import resolve_checkpoint
 from csm.redaction import without_secrets
 from csm.training import slurm
 from csm.training.stop_request import is_first_process
+from csm.whole_files import write_text
 
 RUN_DIR_VARIABLE = "CSM_RUN_DIR"  # tells the processes that Lightning starts which folder their parent chose
 _PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "safetensors", "numpy", "hydra-core", "wandb", "webdataset")
@@ -98,7 +99,7 @@ def write_run_files(run_dir: Path, config: TrainConfig, shard_digests: dict[str,
         ]
         if changed:
             say("changed since this run was last started: " + "; ".join(changed))
-    _write(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
     record_start(run_dir / "environment.json", describe_environment(shard_digests), say)
 
 
@@ -113,7 +114,7 @@ def record_start(path: Path, environment: dict[str, Any], say: Say) -> None:
             kept = path.with_name("environment.damaged.json")
             os.replace(path, kept)
             say(f"{path} cannot be read ({error}); it is kept as {kept.name}, and the earlier starts are no longer listed")
-    _write(path, json.dumps({**environment, "earlier_starts": earlier}, indent=1) + "\n")
+    write_text(path, json.dumps({**environment, "earlier_starts": earlier}, indent=1) + "\n")
 
 
 def run_id(run_dir: Path) -> str:
@@ -126,7 +127,7 @@ def run_id(run_dir: Path) -> str:
         if not is_first_process():
             return ""
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write(path, secrets.token_hex(4) + "\n")
+        write_text(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -166,9 +167,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from html import escape
 from itertools import groupby
@@ -20,6 +19,7 @@ from csm.training.callbacks import Clock, is_due
 from csm.training.checkpoint import checkpoint_name
 from csm.training.loggers import SpokenSample, WandbRecord
 from csm.training.module import CSMModule
+from csm.whole_files import write_text
 
 
 class SpokenSamples(Callback):
@@ -97,9 +97,7 @@ def write_page(folder: Path) -> None:
         parts.append(f"<h2>step {step:,}</h2>\n<section>\n{cards}\n</section>")
     title = f"What {escape(folder.resolve().parent.name)} says"
     page = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>\n'
-    part = folder / "index.html.tmp"
-    part.write_text(f"{page}<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n", encoding="utf-8")
-    os.replace(part, folder / "index.html")
+    write_text(folder / "index.html", f"{page}<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n")
 
 
 def _card(name: str, note: dict[str, object]) -> str:

@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from csm.model.checkpoint_folder import read_manifest, write_text
+from csm.model.checkpoint_folder import read_manifest
 from csm.model.weights import Source, read_json
+from csm.whole_files import write_text
 
 FOLDER = "zero"
 _FORMAT_VERSION = 1
