@@ -25,11 +25,11 @@ def frames_of(model, loop, tokens, mask, *, num_frames=10, **options) -> torch.T
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_compiled_greedy_frames_equal_the_plain_model(any_model_config, generator, num_threads):
-    torch.set_num_threads(num_threads)
     model = loud(any_model_config)
     tokens, mask = made_up_prompt(any_model_config, 3, 12, generator)
     assert torch.equal(
-        frames_of(model, NativeLoop(model), tokens, mask, num_frames=6, temperature=0), decode_without_cache(model, tokens, mask, 6)
+        frames_of(model, NativeLoop(model, num_threads=num_threads), tokens, mask, num_frames=6, temperature=0),
+        decode_without_cache(model, tokens, mask, 6),
     )
 
 
@@ -63,8 +63,8 @@ def test_compiled_rows_of_unlike_prompts_are_the_same_alone_among_others_and_on_
     for row, (row_tokens, row_mask) in enumerate(prompts):
         tokens[row, 11 - row_tokens.shape[1] :], mask[row, 11 - row_tokens.shape[1] :] = row_tokens[0], row_mask[0]
     together = frames_of(model, loop, tokens, mask)
-    torch.set_num_threads(2)
-    assert torch.equal(together, frames_of(model, loop, tokens, mask))
+    on_two_threads = NativeLoop(model, weights, use_tiles=use_tiles, num_threads=2)
+    assert torch.equal(together, frames_of(model, on_two_threads, tokens, mask))
     for row in (0, 1, 2, 20):
         alone = iterate_frames(model, *prompts[row], seeds=[row], max_frames=10, stop_at_eos=False, loop=loop)
         assert torch.equal(together[row], torch.cat(list(alone)))

@@ -30,6 +30,7 @@ from csm.model.transformer import KVCache, Transformer, rope_frequencies
 
 PANEL = 32
 _CHUNK_BYTES = 64 * 2**20
+_WEIGHTS_OF_A_THREAD = 2**18  # of a layer, to be worth its waiting for the others five times: the demo's have fewer
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _SOURCE = Path(__file__).with_name("frame_loop.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
@@ -81,12 +82,13 @@ class NativeLoop:
         weights: "float32", "bfloat16" or "int8"; None is the model's dtype. int8 is of the depth decoder and the heads: one
             scale an output, the backbone in bfloat16.
         use_tiles: whether AMX may be used where the machine has it.
+        num_threads: None is torch's number, up to what the depth decoder's layers are worth.
     Raises:
         ValueError: if the model is elsewhere, or the loop cannot be compiled here.
     """
 
     @torch.no_grad()
-    def __init__(self, model: CSM, weights: str | None = None, *, use_tiles: bool = True) -> None:
+    def __init__(self, model: CSM, weights: str | None = None, *, use_tiles: bool = True, num_threads: int | None = None) -> None:
         if model.projection.weight.device.type != "cpu":
             raise ValueError(f"the compiled frame loop is for the CPU, the model is on {model.projection.weight.device}")
         config = model.config
@@ -95,6 +97,7 @@ class NativeLoop:
             raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(KINDS)}")
         self.num_codebooks, self.vocab_size = config.num_codebooks, config.audio_vocab_size
         self.dtype, self.device = model.projection.weight.dtype, model.projection.weight.device
+        self._fixed_num_threads = num_threads
         self._library = compiled_loop()
         self.has_tiles = use_tiles and bool(self._library.csm_has_tiles())
         self._kept: list[Any] = []  # what the structures point into
@@ -177,8 +180,11 @@ class NativeLoop:
         return codes
 
     def _num_threads(self) -> int:
-        """torch's choice, up to what a step can share out: a thread without a panel only waits."""
-        return min(torch.get_num_threads(), 2 * -(-self._depth_config.width // PANEL))
+        if self._fixed_num_threads is not None:
+            return self._fixed_num_threads
+        config = self._depth_config
+        num_weights = config.width * (2 * config.width + 2 * config.num_kv_heads * config.head_dim + 3 * config.ffn_width)
+        return max(1, min(torch.get_num_threads(), num_weights // _WEIGHTS_OF_A_THREAD))
 
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
