@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import pty
@@ -40,6 +41,7 @@ from tests.test_training_module import fit, read_rows, run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("one two three", "the number is four")
+HAS_WHISPER = importlib.util.find_spec("faster_whisper") is not None  # an extra
 SECRETS = {
     "WANDB_API_KEY": "a1b2c3d4e5" * 4,
     "HF_TOKEN": "hf_PlantedTokenOfNobody",
@@ -89,7 +91,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, spoken_data: Path) -> Runs:
     command = [sys.executable, "train.py", *logged, "trainer.max_steps=6"]
     terminal = run_in_terminal(command, {**os.environ, **environment}, columns=100)
     processes_left = find_processes(mark)
-    piped = run_isolated([sys.executable, "train.py", *logged, "trainer.max_steps=8", "resume=auto"], env=environment, timeout=120)
+    going_on = [*logged, "trainer.max_steps=8", "resume=auto", f"trainer.transcribe_samples={str(HAS_WHISPER).lower()}"]
+    piped = run_isolated([sys.executable, "train.py", *going_on], env=environment, timeout=120)
     assert piped.returncode == 0, piped.stdout + piped.stderr
     return Runs(folder, terminal, piped, arguments, processes_left)
 
@@ -224,9 +227,11 @@ def test_record_holds_a_table_of_playable_audio_and_spectrograms(runs: Runs) -> 
     for step, table in zip((3, 6, 8), tables, strict=True):
         files = {entry.path: Path(entry.local_path) for entry in table.manifest.contents}
         rows = json.loads(files["samples.table.json"].read_text())
-        assert rows["columns"] == ["step", "speaker", "text", "audio", "spectrogram"]
+        heard = ["heard"] if step == 8 and HAS_WHISPER else []
+        assert rows["columns"] == ["step", "speaker", "text", "audio", "spectrogram", *heard]
         assert [tuple(row[:3]) for row in rows["data"]] == [(step, 0, TEXTS[0]), (step, 1, TEXTS[1])]
-        for _, speaker, _, audio, spectrogram in rows["data"]:
+        for _, speaker, _, audio, spectrogram, *transcript in rows["data"]:
+            assert len(transcript) == len(heard) and all(isinstance(words, str) for words in transcript)
             assert files[audio["path"]].is_relative_to(runs.folder)
             samples, rate = soundfile.read(files[audio["path"]])
             written, _ = soundfile.read(runs.folder / "samples" / f"step_{step:06d}_speaker{speaker}.wav")
