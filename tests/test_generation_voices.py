@@ -132,6 +132,22 @@ def test_presets_travel_from_the_corpus_into_checkpoints_and_exports(demo_voices
         assert torch.equal(load_voice("bass", [folder / VOICES_FOLDER]).codes, demo_voices["bass"].codes)
 
 
+def test_a_generator_speaks_after_a_preset_that_came_with_its_checkpoint(voice, speaking_checkpoint, tmp_path):
+    import shutil
+
+    from csm import Generator
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(speaking_checkpoint, folder)
+    save_voice(voice, folder / VOICES_FOLDER)
+    generator = Generator.from_pretrained(folder)
+    alone = generator.generate_codes("six", 2, seed=1, max_duration_s=0.8)
+    after = generator.generate_codes("six", 2, seed=1, max_duration_s=0.8, context=[generator.voice("warm")])
+    assert generator.voice("warm").speaker == 2 and not torch.equal(alone, after)
+    with pytest.raises(FileNotFoundError, match="there are: warm"):
+        generator.voice("cold")
+
+
 def test_an_older_corpus_gets_its_presets_and_keeps_its_bytes(demo_voices, demo_corpus_small, tmp_path):
     import shutil
 

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from csm.codec import Codec
+from csm.codec.voices import VOICES_FOLDER
 from csm.config import DEFAULT_WATERMARK
 from csm.frames import Rows, Turn
 from csm.generation.decoding import DepthLoop, FrameLoop, GraphLoop, iterate_frames
 from csm.generation.prompt import PromptBuilder, pad_prompts
 from csm.generation.request import GeneratedCodes, Request, as_request
 from csm.generation.speech import Speech
+from csm.generation.voices import load_voice
 from csm.generation.watermark import Watermarker, load_watermarker
 from csm.model.csm import CSM
+from csm.model.pretrained import resolve_checkpoint
 from csm.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class Generator:
         self.watermarker = watermarker
         self.prompts = PromptBuilder(model.config, codec, tokenizer)
         self.last: GeneratedCodes | None = None
+        self.voice_folders: list[Path] = []  # where `voice` looks
         self._loop: FrameLoop | None = None
         self._loop_version: tuple[int, ...] = ()
 
@@ -89,7 +93,9 @@ class Generator:
 
         watermarker = load_watermarker(watermark)
         model, codec, tokenizer = load_companions(checkpoint, device, torch.float32 if dtype is None else dtype)
-        return cls(model, codec, tokenizer, watermarker, compile=compile, int8=int8)
+        generator = cls(model, codec, tokenizer, watermarker, compile=compile, int8=int8)
+        generator.voice_folders = [resolve_checkpoint(checkpoint) / VOICES_FOLDER]
+        return generator
 
     def generate(
         self,
@@ -233,6 +239,14 @@ class Generator:
         """Sound codes int64 [F, K]: float32 [F * 1920] at 24 kHz, watermarked; shorter where silence is trimmed."""
         speech = Speech(self.codec, self.watermarker, trim_silence=trim_silence)
         return torch.cat([torch.zeros(0), *(speech.push(frame) for frame in codes), speech.finish()])
+
+    def voice(self, name: str) -> Turn:
+        """The preset of that name, of those that came with the checkpoint, as a turn to put first into `context`.
+
+        Raises:
+            FileNotFoundError: if there is none of that name; the message lists those there are.
+        """
+        return load_voice(name, self.voice_folders).turn(self.codec)
 
     def session(self) -> Session:
         """Start a conversation that remembers its turns."""
