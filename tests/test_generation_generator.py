@@ -7,12 +7,12 @@ import torch
 
 from csm import Turn
 from csm.generation import Generator, Request
-from csm.generation.perth_mark import PerthWatermarker
+from csm.generation.watermark import load_watermarker
 
 
 @pytest.fixture(scope="module")
 def speaker(speaking_model, small_codec, word_tokenizer) -> Generator:
-    return Generator(speaking_model, small_codec, word_tokenizer, PerthWatermarker())
+    return Generator(speaking_model, small_codec, word_tokenizer, load_watermarker())
 
 
 def tone(num_samples: int = 4000) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_speech_is_watermarked_unless_it_was_turned_off(speaker, speaking_model,
     for marked in (speaker.generate("one two three", **options), *speaker.generate_batch([dict(text="one two three", **options)])):
         assert speaker.watermarker.detect(marked).is_marked
         assert torch.equal(marked, speaker.watermarker.embed(unmarked)) and not torch.equal(marked, unmarked)
-    assert (speaker.watermark_name, bare.watermark_name) == ("perth", "off")
+    assert (speaker.watermark_name, bare.watermark_name) == ("keyed+perth", "off")
 
 
 def test_weights_that_change_are_heard(speaking_model, small_codec, word_tokenizer):
@@ -123,7 +123,7 @@ def test_a_checkpoint_brings_codec_and_tokenizer(speaking_checkpoint, speaker):
     loaded = Generator.from_pretrained(speaking_checkpoint)
     options = dict(seed=2, max_duration_s=0.4)
     assert torch.equal(loaded.generate("one two", **options), speaker.generate("one two", **options))
-    with pytest.raises(ValueError, match="watermark='none': expected one of perth, off"):
+    with pytest.raises(ValueError, match="watermark='none': expected off, or one or several of keyed"):
         Generator.from_pretrained(speaking_checkpoint, watermark="none")
 
 
