@@ -137,8 +137,13 @@ class DataConfig:
     max_duration_s: float = 0.0  # of a conversation; longer ones are left out and counted; 0 is no limit
     verify: str = "digest"  # "digest" compares each shard's sha256 once (1.2 GB/s a core), "size" its size; both check what is read
     cache_dir: str | None = None  # where shards behind URLs are copied to, whole; null reads them by ranges (needs verify=size)
+    learn_speakers: list[Any] = field(default_factory=list)  # numbers or names whose turns are learnt, others are heard; empty is all
+    learn_depth_speakers: list[Any] | None = None  # the same for the depth decoder alone; null is as learn_speakers
 
     def __post_init__(self) -> None:
+        for key, speakers in (("learn_speakers", self.learn_speakers), ("learn_depth_speakers", self.learn_depth_speakers or [])):
+            is_speakers = all(isinstance(speaker, (int, str)) and not isinstance(speaker, bool) for speaker in speakers)
+            _require(is_speakers, f"data.{key}", speakers, "numbers or names of speakers, [0,anna]")
         _one_of("data.kind", self.kind, ("demo", "shards", "random"))
         _one_of("data.verify", self.verify, ("digest", "size"))
         is_paths = self.paths and all(isinstance(path, str) and path for path in self.paths)
@@ -267,6 +272,7 @@ class TrainerConfig:
     keep_every: int = 0  # optimizer steps: the checkpoint of every such step is kept for good; 0 is off
     async_checkpoint: bool = True  # copy in the step, write beside it; needs the checkpoint's size in host memory, else writes in the step
     validate_every: int = 200  # optimizer steps; 0 is off
+    patience: int = 0  # validations in a row without a new best before the run ends; 0 is off
     save_optimizer: bool = True  # false: checkpoints hold the weights only, a third of the bytes, and no run goes on from them
     log_every: int = 10  # optimizer steps
     sample_every: int = 0  # optimizer steps between spoken samples; 0 is off
@@ -286,8 +292,9 @@ class TrainerConfig:
         _one_of("trainer.on_non_finite", self.on_non_finite, ("stop", "skip"))
         for name in ("devices", "num_nodes", "max_steps", "accumulate", "log_every"):
             _require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "a positive number")
-        for name in ("checkpoint_every", "keep_every", "validate_every", "sample_every", "num_threads"):
+        for name in ("checkpoint_every", "keep_every", "validate_every", "patience", "sample_every", "num_threads"):
             _require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        _require(self.patience == 0 or self.validate_every > 0, "trainer.patience", self.patience, "0 with trainer.validate_every=0")
         _require(self.peak_tflops is None or self.peak_tflops > 0, "trainer.peak_tflops", self.peak_tflops, "a positive number, or null")
         is_saved = self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0)
         _require(is_saved, "trainer.keep_every", self.keep_every, f"a multiple of trainer.checkpoint_every={self.checkpoint_every}")
@@ -387,12 +394,27 @@ class TrainConfig:
 
 
 @dataclass
-class SamplingConfig:
-    """How a frame is drawn. Source: Sesame's generator, temperature 0.9 and top-k 50."""
+class FinetuneConfig(TrainConfig):
+    """`python finetune.py base=<checkpoint> data=<recordings or shards>`: a training run, what comes before it and after it."""
 
-    temperature: float = 0.9  # 0 is greedy
-    top_k: int = 50  # ties with the k-th are kept; 0 is off
-    max_duration_s: float = 10.0
+    experiment_name: str = "finetune"
+    base: str | None = "???"  # run, checkpoint or hub id to start from: brings weights, shapes, tokenizer and codec
+    data: DataConfig = field(default_factory=lambda: DataConfig(kind="shards", path="???", max_val_batches=0))  # data=X is data.path=X
+    speaker: int = 0  # number that the recordings' voice gets; one the base's tokenizer knows, and speaks with that voice from then on
+    renumber_speakers: bool = True  # false keeps the numbers of a manifest; then `speaker` says nothing
+    val_share: float = 0.1  # of the recordings, whole ones, to validate on
+    keep: str | None = None  # folder of shards that the base was good at: how much of it is lost is measured; null is not measured
+    evaluate: bool = False  # also do what evaluate.py does, with `keep`'s held-out lines
+    export: str | None = None  # "transformers", "csm" or "sesame": also write the result in that layout, to <run>/export
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.speaker >= 0, "speaker", self.speaker, "0 or more")
+        _require(self.renumber_speakers or self.speaker == 0, "speaker", self.speaker, "0 with renumber_speakers=false")
+        _require(0 < self.val_share < 1, "val_share", self.val_share, "a share in (0, 1): early stopping needs recordings it never learns")
+        _require(not self.evaluate or self.keep is not None, "evaluate", self.evaluate, "false without keep=, whose lines are spoken")
+        _require(self.export in (None, "transformers", "csm", "sesame"), "export", self.export, "transformers, csm, sesame or null")
+        _require(self.data.kind == "shards", "data.kind", self.data.kind, "shards")
 
 
 @dataclass
@@ -441,12 +463,14 @@ class EncodeConfig:
     max_turn_s: float = 60.0  # longer turns are dropped: a codec's memory grows with length (Mimi: 9.9 GB at 300 s)
     max_positions: int = 1920  # of a sample: text ids, frames and EOS rows; a window of 2048 keeps room to answer
     renumber_speakers: bool = True  # speakers of a sample become 0, 1, ... in the order they speak; false keeps the numbers given
+    first_speaker: int = 0  # where that count begins
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
     device: str = "cpu"  # of the codec
 
     def __post_init__(self) -> None:
         _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")
         _require(self.max_positions > 0, "encode.max_positions", self.max_positions, "a positive number")
+        _require(self.first_speaker >= 0, "encode.first_speaker", self.first_speaker, "0 or more")
 
 
 @dataclass

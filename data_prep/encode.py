@@ -178,7 +178,7 @@ def _speakers(piece: Sequence[CutTurn], config: EncodeConfig) -> list[int]:
     if not config.renumber_speakers:
         return [cut.turn.speaker for cut in piece]
     numbers: dict[int, int] = {}
-    return [numbers.setdefault(cut.turn.speaker, len(numbers)) for cut in piece]
+    return [numbers.setdefault(cut.turn.speaker, config.first_speaker + len(numbers)) for cut in piece]
 
 
 def _num_positions(piece: Sequence[CutTurn], tokenizer: TextTokenizer, config: EncodeConfig) -> int:

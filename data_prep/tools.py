@@ -79,7 +79,7 @@ def _folder_with(name: str, folder: Path, *inside: str) -> Path:
 
 def _num_speakers(config: PrepConfig, recordings: Sequence[Recording]) -> int:
     if config.encode.renumber_speakers:
-        return max(len({turn.speaker for turn in recording.turns}) for recording in recordings)
+        return config.encode.first_speaker + max(len({turn.speaker for turn in recording.turns}) for recording in recordings)
     return 1 + max(turn.speaker for recording in recordings for turn in recording.turns)
 
 

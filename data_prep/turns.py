@@ -136,7 +136,8 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
 
 def _tool_settings(config: PrepConfig) -> dict[str, Any]:
     """What the codec and the tokenizer in the output depend on."""
-    return {"codec": asdict(config.codec), "text": asdict(config.text), "renumber_speakers": config.encode.renumber_speakers}
+    numbering = {"renumber_speakers": config.encode.renumber_speakers, "first_speaker": config.encode.first_speaker}
+    return {"codec": asdict(config.codec), "text": asdict(config.text), **numbering}
 
 
 def _look_at(found: Input, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:

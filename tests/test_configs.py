@@ -11,21 +11,26 @@ import yaml
 from omegaconf import OmegaConf
 
 from csm.cli.hydra_entry import CONFIG_DIR, UsageError, compose, help_text
-from csm.config import EvaluateConfig, PlanConfig, PrepConfig, TrainConfig
+from csm.config import EvaluateConfig, FinetuneConfig, PlanConfig, PrepConfig, TrainConfig
 
-PRIMARIES = {"train": TrainConfig, "evaluate": EvaluateConfig, "prep": PrepConfig, "plan": PlanConfig}
+PRIMARIES = {"train": TrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig, "prep": PrepConfig, "plan": PlanConfig}
 GROUP_FILES = sorted(path for path in CONFIG_DIR.glob("*/*.yaml"))
+REQUIRED = {"evaluate": ["run=runs/demo/x"], "finetune": ["base=runs/demo/x", "data.path=recordings"]}
 REPEATS = ("codec", "text")  # these say their names even when default, to win over what a model is paired with
 
 
 def _primary(path: Path) -> str:
-    return "prep" if path.parent.name == "prep" else "train"
+    return {"prep": "prep", "recipe": "finetune"}.get(path.parent.name, "train")
 
 
 def _overrides(path: Path) -> list[str]:
     if path.parent.name == "pairing":
         return [f"model={path.stem}"]
+    if path.parent.name == "recipe":
+        return [f"recipe={path.stem}", *REQUIRED["finetune"]]
     fitting = ["model=csm_small"] if path.stem == "mimi" else []  # 32 codebooks
+    if path.parent.name == "adapter":
+        fitting = ["base=runs/demo/x"]
     return [f"{path.parent.name}={path.stem}", *fitting]
 
 
@@ -47,8 +52,11 @@ def _settings(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(PRIMARIES))
 def test_primary_composes_to_its_dataclass_and_equals_its_defaults(name: str) -> None:
-    required = ["run=runs/demo/x"] if name == "evaluate" else []
-    config = compose(name, required, PRIMARIES[name])
+    config = compose(name, REQUIRED.get(name, []), PRIMARIES[name])
+    if name == "finetune":  # without a recipe it would be nobody's: the one for little data
+        recipe = compose(name, [*REQUIRED[name], "recipe=voice_5min", "adapter=lora"], FinetuneConfig)
+        assert config == recipe and config.adapter.kind == "lora"
+        return
     if name == "plan":  # of no use for the demo model: it plans the published one
         config.model = PRIMARIES[name]().model
     if name == "train":  # without arguments it is the demo: the recipe paired with its model, the lines said of its data
@@ -57,7 +65,7 @@ def test_primary_composes_to_its_dataclass_and_equals_its_defaults(name: str) ->
             section, field = key.split(".")
             assert getattr(getattr(config, section), field) == value
             setattr(getattr(config, section), field, getattr(getattr(TrainConfig(), section), field))
-    assert config == (PRIMARIES[name](run="runs/demo/x") if required else PRIMARIES[name]())
+    assert config == (PRIMARIES[name](run="runs/demo/x") if name == "evaluate" else PRIMARIES[name]())
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

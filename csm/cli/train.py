@@ -62,7 +62,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     from csm.model.checkpoint_folder import checkpoint_step, remove_leftovers, set_aside_newer
     from csm.training import run_folder
     from csm.training.background import BackgroundWriter
-    from csm.training.callbacks import Clock, DataPosition, Validation
+    from csm.training.callbacks import Clock, DataPosition, EarlyStop, Validation
     from csm.training.checkpoint import FolderCheckpointIO
     from csm.training.loggers import build_loggers
     from csm.training.metrics import Metrics
@@ -110,6 +110,9 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         speak = build_speaker(config, tokenizer, codec_folder)
         callbacks.append(SpokenSamples(run_dir, config, speak, clock, build_transcriber(config)))
     callbacks.append(metrics)  # behind the samples: it closes the row of the step
+    early_stop = EarlyStop(validation, config)
+    if config.trainer.patience:
+        callbacks.append(early_stop)  # before the checkpoints, which keep its count
     writer = BackgroundWriter(config.trainer.async_checkpoint)
     checkpoints = Checkpoints(run_dir, config, validation, clock, writer)
     callbacks += [checkpoints, ProgressLine(config, metrics, validation, console), StopOnSignal(request)]
@@ -142,7 +145,8 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     data.teardown()
     if trainer.is_global_zero:
         records = [logger.where for logger in loggers]
-        _summarise(console, config, run_dir, module, metrics.row, validation.latest, clock.elapsed_s, records)
+        is_done = module.step >= config.trainer.max_steps or early_stop.stopped_at is not None
+        _summarise(console, config, run_dir, module, metrics.row, validation.latest, clock.elapsed_s, records, is_done=is_done)
     return run_dir
 
 
@@ -165,6 +169,8 @@ def _summarise(
     validation: dict[str, float],
     elapsed_s: float,
     records: list[str],
+    *,
+    is_done: bool,
 ) -> None:
     from csm.training.progress import duration, print_summary
 
@@ -188,7 +194,7 @@ def _summarise(
     lines += [("W&B", where) for where in records]
     if config.trainer.sample_every and config.trainer.sample_texts:
         lines.append(("spoken samples", str(run_dir / "samples" / "index.html")))
-    if module.step < config.trainer.max_steps:
+    if not is_done:
         lines.append(("go on", f"python train.py <the same overrides> run_dir={run_dir} resume=auto"))
     elif config.data.kind != "random":
         lines.append(("next", f"python evaluate.py run={run_dir}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from csm.data.packing import Documents, cut_documents
 from csm.data.row_cache import RowCache
 from csm.data.rows import Bad, empty_batch
 from csm.data.shards import Sample, ShardReader
-from csm.frames import Batch, Rows, rows_from_turns
+from csm.frames import Batch, Rows, Turn, rows_from_turns
 from csm.text import TextTokenizer
 
 CACHE_BYTES = 2**30  # a split whose rows fit in this, all workers together, is decoded once and kept in memory
@@ -51,6 +52,8 @@ class ShardRows:
     ) -> None:
         self.reader, self.tokenizer = reader, tokenizer
         self.seq_len, self.num_codebooks, self.audio_vocab_size = data.seq_len, model.num_codebooks, model.audio_vocab_size
+        self.learn_speakers = data.learn_speakers
+        self.learn_depth_speakers = data.learn_speakers if data.learn_depth_speakers is None else data.learn_depth_speakers
         self.bad = BadSamples(len(reader), data.max_bad_share, reader.name_of)
         turns = measure_turns(reader, tokenizer, self.bad)
         is_outside = reader.duration_s < data.min_duration_s
@@ -106,6 +109,19 @@ class ShardRows:
             return empty_batch(len(rows), self.seq_len, self.num_codebooks), bad
         return Batch.from_documents(packed, self.seq_len, keys), bad
 
+    def _with_switches(self, sample: Sample) -> list[Turn]:
+        """The turns, those of speakers that are not to be learnt switched off: they are heard as context."""
+        if not self.learn_speakers and not self.learn_depth_speakers:
+            return list(sample.turns)
+        return [
+            replace(
+                turn,
+                learn_c0=turn.learn_c0 and _is_named(self.learn_speakers, turn, meta),
+                learn_depth=turn.learn_depth and _is_named(self.learn_depth_speakers, turn, meta),
+            )
+            for turn, meta in zip(sample.turns, sample.meta["turns"], strict=True)
+        ]
+
     def _corpus_starts(self) -> list[int]:
         """[num_corpora + 1]: the documents [i, i + 1) of it are corpus i's."""
         num_samples = [0]
@@ -126,7 +142,7 @@ class ShardRows:
         sample = read[sample_index]
         if isinstance(sample, ValueError):
             raise sample
-        turns = sample.turns[self.documents.first_turn[document] : self.documents.last_turn[document]]
+        turns = self._with_switches(sample)[self.documents.first_turn[document] : self.documents.last_turn[document]]
         key = self.reader.keys[sample_index]
         try:
             rows = rows_from_turns(turns, self.tokenizer, self.num_codebooks)
@@ -143,3 +159,8 @@ class ShardRows:
         if self._cache is not None:
             self._cache.put(document, rows)
         return rows
+
+
+def _is_named(speakers: Sequence[int | str], turn: Turn, meta: dict) -> bool:
+    """Whether a turn's speaker is among them, by number or by name; no names mean everybody."""
+    return not speakers or turn.speaker in speakers or meta.get("speaker_name") in speakers

@@ -80,6 +80,38 @@ class Validation(Callback):
         return module.summarise_validation(sums)
 
 
+class EarlyStop(Callback):
+    """Ends the run after `trainer.patience` validations in a row without a new lowest loss; every rank sees the same losses.
+
+    What saves runs after it and keeps the step at hand, too; `best` names the checkpoint to use.
+
+    Attributes:
+        stopped_at: the step after which the run was ended; None while it was not.
+    """
+
+    def __init__(self, validation: Validation, config: TrainConfig) -> None:
+        self._validation, self._patience = validation, config.trainer.patience
+        self.best_loss, self.num_worse = float("inf"), 0
+        self.stopped_at: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss, self.num_worse = state_dict["best_loss"], state_dict["num_worse"]
+
+    def on_train_batch_end(self, trainer: Trainer, module: CSMModule, *_: Any) -> None:  # type: ignore[override]
+        loss = self._validation.metrics.get("val/loss")
+        if not self._patience or loss is None:
+            return
+        self.num_worse = 0 if loss < self.best_loss else self.num_worse + 1
+        self.best_loss = min(loss, self.best_loss)
+        if self.num_worse >= self._patience and module.step < module.config.trainer.max_steps:
+            self.stopped_at = module.step
+            module.print(f"step {module.step}: {self.num_worse} validations without a loss below {self.best_loss:.4f}; the run ends here")
+            trainer.should_stop = True
+
+
 class DataPosition(Callback):
     """Keeps where training stands in the data in every checkpoint."""
 

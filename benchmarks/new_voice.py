@@ -1,0 +1,116 @@
+"""A voice that the demo model never heard, learnt from minutes of it: makes the recordings, and measures what came of it.
+
+    python benchmarks/new_voice.py make data/new_voice                  # 5 minutes of wavs with texts; --minutes for more
+    python benchmarks/new_voice.py measure runs/demo/mine --speaker 0   # a run or checkpoint; a line of JSON
+
+`measure` speaks the corpus's held-out strings (in no recording, here or there) with every speaker, and asks a Whisper what it
+hears and a speaker encoder whose voice it is: the new one's, or which of the corpus's four. References are real recordings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from csm.config import EvaluateConfig
+from csm.evaluation.asr import Recogniser
+from csm.evaluation.metrics import count_word_errors
+from csm.evaluation.runner import speak
+from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
+from csm.evaluation.suites import SINGLE, Utterance, read_suites
+from csm.frames import SAMPLE_RATE_HZ
+from csm.generation.generator import Generator
+from data_prep.script import LENGTH_SHARES, VOICES, spoken
+from data_prep.synthesis import Synthesizer, Voice, random_for
+
+NEW = Voice("stranger", 0.45, 1.3)  # a small head with a low voice; of the candidates tried the one best told apart after the codec
+NUM_REFERENCES = 40  # recordings that say what the new voice is like
+SEED = 7
+
+
+def make(folder: Path, minutes: float, corpus: Path) -> None:
+    """Digit strings as training has them (1 to 5 digits, no held-out one inside), a wav and a txt each."""
+    reserved = [utterance.text for utterance in read_suites(corpus / "heldout", context=False)[SINGLE]]
+    synthesizer, strings = Synthesizer(), random_for(SEED, "strings")
+    folder.mkdir(parents=True)
+    index, num_samples = 0, 0
+    while num_samples < minutes * 60 * SAMPLE_RATE_HZ:
+        length = int(strings.choice(list(LENGTH_SHARES), p=list(LENGTH_SHARES.values())))
+        text = spoken("".join(map(str, strings.integers(0, 10, length))))
+        if any(other in text for other in reserved):
+            continue
+        waveform = synthesizer.speak(text, NEW, random_for(SEED, "speech", index))
+        soundfile.write(folder / f"{index:05d}.wav", waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
+        (folder / f"{index:05d}.txt").write_text(text + "\n", encoding="utf-8")
+        num_samples += len(waveform)
+        index += 1
+    print(f"{folder}: {index} recordings of {NEW}, {num_samples / SAMPLE_RATE_HZ / 60:.2f} minutes")
+
+
+def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float) -> dict[str, Any]:
+    """WER and nearest voice by speaker; `speaker` is the one that speaks with the new voice, None in the base."""
+    defaults = EvaluateConfig(run=str(checkpoint))
+    torch.set_num_threads(1)
+    generator, recogniser, encoder = Generator.from_pretrained(checkpoint), Recogniser(prompt=defaults.asr_prompt), SpeakerEncoder()
+    utterances = read_suites(corpus / "heldout", context=False)[SINGLE]
+    references = [(u.voice, u.text, encoder.embed(u.audio)) for u in utterances if u.audio is not None]
+    for path in sorted(recordings.glob("*.wav"))[:NUM_REFERENCES]:
+        audio, _ = soundfile.read(path, dtype="float32")
+        references.append((NEW.name, path.with_suffix(".txt").read_text(encoding="utf-8").strip(), encoder.embed(audio)))
+    voices = VoiceBook([(voice, text, embedding) for voice, text, embedding in references if embedding is not None])
+
+    def judge(utterance: Utterance, codes: torch.Tensor) -> tuple[int, int, int, str]:
+        audio = generator.audio_from_codes(codes).numpy()
+        errors = count_word_errors(utterance.text, recogniser.transcribe(audio) if len(audio) else "")
+        embedding = encoder.embed(audio) if len(audio) else None
+        near = voices.similarities(embedding, utterance.text) if embedding is not None else {}
+        return utterance.speaker, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
+
+    with ThreadPoolExecutor(1) as pool:
+        made = speak(generator, utterances, temperature=temperature, top_k=defaults.top_k, batch_size=16, seed=defaults.seed)
+        found = [future.result() for future in [pool.submit(judge, utterance, said.codes) for utterance, said in made]]
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "temperature": temperature}
+    for number, voice in enumerate(VOICES):
+        mine = [row for row in found if row[0] == number]
+        expected = NEW.name if number == speaker else voice.name
+        errors, words = sum(row[1] for row in mine), sum(row[2] for row in mine)
+        result[expected] = {
+            "wer": round(errors / words, 4),
+            "heard_as_it": round(np.mean([row[3] == expected for row in mine]), 4),
+            "n": len(mine),
+        }
+    old = [row for row in found if row[0] != speaker]
+    result["old_voices_wer"] = round(sum(row[1] for row in old) / sum(row[2] for row in old), 4)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make")
+    making.add_argument("folder", type=Path)
+    making.add_argument("--minutes", type=float, default=5.0)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("checkpoint", type=Path)
+    measuring.add_argument("--recordings", type=Path, default=Path("data/new_voice"))
+    measuring.add_argument("--speaker", type=int)
+    measuring.add_argument("--temperature", type=float, default=0.5)
+    for command in (making, measuring):
+        command.add_argument("--corpus", type=Path, default=Path("data/demo"))
+    arguments = parser.parse_args()
+    if arguments.command == "make":
+        make(arguments.folder, arguments.minutes, arguments.corpus)
+    else:
+        found = measure(arguments.checkpoint, arguments.recordings, arguments.corpus, arguments.speaker, arguments.temperature)
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

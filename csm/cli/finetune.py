@@ -1,0 +1,248 @@
+"""The recipe of fine-tuning: prepare recordings with the base's tools, train, measure what was won and lost, hand over."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from csm.cli.base import Base, open_base
+from csm.cli.hydra_entry import main as hydra_main
+from csm.cli.train import train
+from csm.config import EvaluateConfig, FinetuneConfig, TrainConfig
+from csm.whole_files import write_text
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help and a typo are answered without it
+    from csm.training.stop_request import StopRequest
+
+_ABOUT = (
+    "Fine-tune a checkpoint on recordings with texts, or on shards: a LoRA adapter by default. Recordings are prepared with the "
+    "base's codec and tokenizer, split by recording, learnt until validation gets no better, and measured against the base."
+)
+_EXAMPLES = (
+    "finetune.py base=sesame/csm-1b data=recordings   # wavs, a .txt beside each; or a metadata.csv, or a manifest.jsonl",
+    "finetune.py base=runs/demo/mine data=recordings recipe=voice_5min speaker=0 keep=data/demo",
+    "finetune.py base=sesame/csm-1b data=/data/speech recipe=new_language trainer=ddp trainer.devices=8   # shards",
+)
+MAX_SCORED = 100  # conversations of a split that base and result are both scored on, spread evenly
+SUMMARY_NAME = "finetune.json"
+
+
+def main() -> None:
+    """`python finetune.py`."""
+    sys.argv[1:] = [_as_data_path(argument) for argument in sys.argv[1:]]
+    hydra_main("finetune", FinetuneConfig, _finetune_until_done_or_told, about=_ABOUT, examples=_EXAMPLES)
+
+
+def _as_data_path(argument: str) -> str:
+    """`data=<place>` means `data.path=<place>`: to Hydra it would be a choice of the group configs/data."""
+    return "data.path=" + argument.removeprefix("data=") if argument.startswith("data=") else argument
+
+
+def _finetune_until_done_or_told(config: FinetuneConfig) -> None:
+    from csm.training.stop_request import StopRequest
+
+    with StopRequest() as request:
+        finetune(config, request)
+        if request.answered:
+            from csm.training.signals import answer
+
+            sys.exit(answer(request, partial(print, flush=True)))
+
+
+def finetune(config: FinetuneConfig, request: StopRequest | None = None) -> Path:
+    """Fine-tune as configured and return the run folder; stopped by `request`, it ends after the training part.
+
+    Raises:
+        ValueError, FileNotFoundError: for input that cannot be used; one line that says what to do.
+    """
+    from csm.training.run_folder import choose_run_dir
+    from csm.training.stop_request import is_first_process
+
+    assert config.base is not None
+    base = open_base(config.base)
+    run_dir = choose_run_dir(config)
+    shards = _prepared(config, base, run_dir) if is_first_process() else _shards_of(config, run_dir)
+    settings = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
+    settings |= {"data": replace(config.data, path=shards), "run_dir": str(run_dir), "resume": config.resume or "auto"}
+    train(TrainConfig(**settings), request)
+    if is_first_process() and not (request is not None and request.answered):
+        _hand_over(config, base, run_dir, shards)
+    return run_dir
+
+
+def _is_recordings(place: Any) -> bool:
+    """Whether it has to be prepared: a folder without shards, or a table. Globs and URLs are of shards."""
+    if not isinstance(place, str) or "://" in place or any(letter in place for letter in "*?["):
+        return False
+    path = Path(place)
+    return path.is_file() or (path.is_dir() and not any(path.glob("*/index.json")) and not (path / "index.json").is_file())
+
+
+def _shards_of(config: FinetuneConfig, run_dir: Path) -> Any:
+    return str(run_dir / "data") if _is_recordings(config.data.path) else config.data.path
+
+
+def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
+    """The shards to train on: those given, or `<run_dir>/data`, made from the recordings; what is there already is left.
+
+    Raises:
+        ValueError, FileNotFoundError: if the recordings cannot be used.
+    """
+    from csm.training.slurm import num_tasks
+
+    place = config.data.path
+    if isinstance(place, str) and "://" not in place and not any(letter in place for letter in "*?[") and not Path(place).exists():
+        raise FileNotFoundError(f"data={place}: no such file or folder; give a folder of recordings with texts, a table of them, or shards")
+    if not _is_recordings(place):
+        if config.speaker or not config.renumber_speakers:
+            raise ValueError(f"speaker={config.speaker}: {place} holds shards, which have their speakers already; leave it out")
+        return place
+    _refuse_without_texts(Path(place))
+    try:
+        base.tokenizer.encode_turn(config.speaker, "")
+    except ValueError as error:
+        raise ValueError(f"speaker={config.speaker}: {error}") from error
+    if num_tasks() > 1:
+        raise ValueError(
+            f"data={place}: prepare recordings before a job of many processes, and give their shards: {_in_shell(config, base)}"
+        )
+    output = run_dir / "data"
+    status = subprocess.run([sys.executable, *_prep_command(config, base, output)], check=False).returncode
+    for split in (config.data.train_split, config.data.val_split):
+        if not (output / split / "index.json").is_file():
+            raise ValueError(
+                f"data={place}: preparing left no {split} split, see above and {output}/failures.jsonl; "
+                "a few recordings need a larger val_share"
+            )
+    if status:
+        print(f"some recordings were dropped: {output}/failures.jsonl says which and why", flush=True)
+    return str(output)
+
+
+def _refuse_without_texts(place: Path) -> None:
+    if place.is_file() or (place / "manifest.jsonl").is_file() or (place / "metadata.csv").is_file() or any(place.rglob("*.txt")):
+        return
+    raise ValueError(
+        f"data={place}: no texts there, and transcription is not built yet; put a .txt of the same name beside each recording, or give a "
+        "metadata.csv (id|text) or a manifest.jsonl (docs/data.md)"
+    )
+
+
+def _prep_command(config: FinetuneConfig, base: Base, output: Path) -> list[str]:
+    """Arguments of Python that prepare the recordings with the base's codec and tokenizer."""
+    from csm.text import FILE_NAME
+
+    codec = "mimi" if base.codec_folder is None else base.codec_name
+    kind = base.tokenizer.kind
+    command = ["-m", "data_prep", "prep=turns", f"input={config.data.path}", f"output={output}", f"seed={config.seed}"]
+    command += [f"val_share={config.val_share}", "split_by=recording"]
+    command += [f"codec={codec}", f"codec.num_codebooks={base.model.num_codebooks}", f"text={kind}"]
+    if base.codec_folder is not None:
+        command.append(f"codec.source={base.codec_folder}")
+    if kind != "bytes" and (base.folder / FILE_NAME).is_file():
+        command.append(f"text.source={base.folder}")
+    if config.renumber_speakers:
+        return [*command, f"encode.first_speaker={config.speaker}"]
+    return [*command, "encode.renumber_speakers=false"]
+
+
+def _in_shell(config: FinetuneConfig, base: Base) -> str:
+    return " ".join(["python", *_prep_command(config, base, Path("data/prepared"))])
+
+
+def _hand_over(config: FinetuneConfig, base: Base, run_dir: Path, shards: Any) -> None:
+    """Measure base and result, evaluate and export where that is asked for, tell where everything is."""
+    from rich.console import Console
+
+    from csm.model.pretrained import resolve_checkpoint
+    from csm.training.progress import print_summary
+
+    best = resolve_checkpoint(run_dir)
+    places = {"new": shards} if isinstance(shards, str) and "://" not in shards else {}
+    if config.keep is not None:
+        places["kept"] = config.keep
+    summary: dict[str, Any] = {"base": base.name, "base_folder": str(base.folder), "best": str(best), "data": shards}
+    summary |= _count_parameters(best, base)
+    summary["nats"] = {
+        name: {"place": place, "base": _score(base.folder, place, config, base), "result": _score(best, place, config, base)}
+        for name, place in places.items()
+    }
+    if config.evaluate:
+        from csm.evaluation.runner import evaluate
+
+        evaluate(EvaluateConfig(run=str(run_dir), data=config.keep))
+        summary["evaluation"] = str(run_dir / "evaluation")
+    if config.export is not None:
+        summary["export"] = str(_export(best, run_dir / "export", config.export))
+    write_text(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+    print_summary(Console(), _lines(summary, config, run_dir))
+
+
+def _score(checkpoint: Path, place: Any, config: FinetuneConfig, base: Base) -> dict[str, float]:
+    """Means over the validation split of a data folder, or over the folder where it is a split itself."""
+    from csm.data.index import ShardIndex
+    from csm.data.shards import ShardReader
+    from csm.evaluation.likelihood import score_samples
+    from csm.evaluation.suites import evenly_spaced
+    from csm.model.pretrained import load_model
+
+    folder = Path(place) / config.data.val_split
+    folder = folder if folder.is_dir() else Path(place)
+    ShardIndex.load(folder).check_codec(num_codebooks=base.model.num_codebooks, digest=base.codec_digest)
+    reader = ShardReader(folder)
+    samples = [reader.read(index) for index in evenly_spaced(list(range(len(reader))), MAX_SCORED)]
+    scores = score_samples(load_model(checkpoint), base.tokenizer, samples, seed=config.seed, name=str(place))
+    return {"c0": scores.c0.value, "depth": scores.depth.value, "eos_recall": scores.eos_recall.value}
+
+
+def _count_parameters(best: Path, base: Base) -> dict[str, int]:
+    """Parameters of the model, and those of the adapter where there is one."""
+    from safetensors import safe_open
+
+    from csm.model.adapter_files import ADAPTER_FOLDER
+
+    def count(path: Path) -> int:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+
+    counts = {"parameters": sum(count(path) for path in sorted(best.glob("model*.safetensors")))}
+    adapter = best / ADAPTER_FOLDER / "adapter_model.safetensors"
+    return counts | ({"adapter_parameters": count(adapter)} if adapter.is_file() else {})
+
+
+def _export(best: Path, target: Path, layout: str) -> Path:
+    """Write the result in another layout, into a folder that is not there yet."""
+    if target.exists():
+        print(f"{target} is there already, left as it is", flush=True)
+        return target
+    command = [sys.executable, "-m", "csm.cli.commands", "export", str(best), str(target), "--layout", layout]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"the export failed, see above; try it by itself: csm export {best} {target} --layout {layout}")
+    return target
+
+
+def _lines(summary: dict[str, Any], config: FinetuneConfig, run_dir: Path) -> list[tuple[str, str]]:
+    lines = [("base", summary["base"]), ("trained on", str(summary["data"]))]
+    if "adapter_parameters" in summary:
+        share = summary["adapter_parameters"] / summary["parameters"]
+        lines.append(("adapter", f"{summary['adapter_parameters']:,} parameters, {share:.2%} of {summary['parameters']:,}"))
+    else:
+        lines.append(("learnt", f"all {summary['parameters']:,} parameters"))
+    for name, scores in summary["nats"].items():
+        before, after = scores["base"], scores["result"]
+        told = f"c0 {before['c0']:.3f} -> {after['c0']:.3f}, depth {before['depth']:.3f} -> {after['depth']:.3f} nats"
+        lines.append(({"new": "new recordings", "kept": "kept abilities"}[name], told))
+    if "kept" not in summary["nats"]:
+        lines.append(("kept abilities", "not measured; give keep=<folder of shards the base was good at>"))
+    lines += [("run folder", str(run_dir)), ("result", summary["best"])]
+    lines += [(key, summary[key]) for key in ("evaluation", "export") if key in summary]
+    lines.append(("summary", str(run_dir / SUMMARY_NAME)))
+    number = config.speaker if config.renumber_speakers else "N"
+    lines.append(("next", f'csm generate --checkpoint {run_dir} --speaker {number} --text "..." --out new.wav'))
+    return lines
