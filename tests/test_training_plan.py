@@ -51,6 +51,16 @@ def test_plan_is_valid_json_with_one_row_a_strategy(capsys: pytest.CaptureFixtur
     assert plan["device_hours"] == pytest.approx(4 * plan["wall_hours"])
 
 
+def test_plan_is_whole_on_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm.cli.plan import plan_command
+
+    monkeypatch.setenv("COLUMNS", "80")
+    plan_command(["model=demo", "seq_len=256", "devices=1", "rows=1000"], as_json=False)  # activations of three digits
+    said = capsys.readouterr().out
+    assert "zero3_offload" in said and "…" not in said
+    assert max(len(line) for line in said.splitlines()) <= 80
+
+
 def test_checkpointing_and_bfloat16_take_less_memory() -> None:
     config = PlanConfig(model=_model("csm_small"), precision="32", seq_len=2048, rows=2)
     plain = count_activations(config, activation_checkpointing=False, rows=2)

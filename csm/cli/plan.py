@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,9 +57,11 @@ def _print(config: PlanConfig, plan: Plan) -> None:
     memory = Table(
         title=f"GiB a device on {config.devices} devices, {config.precision}, {config.rows} x {config.seq_len} positions",
         title_justify="left",
+        box=SIMPLE_HEAD,  # 80 columns are enough
+        padding=(0, 1, 0, 0),
     )
-    for name in ("strategy", "checkpointing", "weights", "gradients", "optimizer", "activations", "total", "host", "rows that fit"):
-        memory.add_column(name, justify="left" if name == "strategy" else "right")
+    for name in ("strategy", "recom-\npute", "weights", "gradi-\nents", "opti-\nmizer", "activa-\ntions", "total", "host", "rows"):
+        memory.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for row in plan.memory:
         sizes = (row.weights, row.gradients, row.optimizer, row.activations, row.total, row.host)
         memory.add_row(
@@ -74,4 +77,8 @@ def _print(config: PlanConfig, plan: Plan) -> None:
         f"{config.peak_tflops:g} TFLOP/s: {plan.frames_per_s:,.0f} frames/s a device, {plan.device_hours:,.1f} device-hours, "
         f"{plan.wall_hours:,.1f} hours on {config.devices}."
     )
-    console.print("Rows that fit: into memory_gib, leaving nothing for the context, communication buffers and fragmentation.", style="dim")
+    console.print(
+        "recompute is trainer.activation_checkpointing; rows, how many fit into memory_gib, leaving nothing for the context, communication "
+        "buffers and fragmentation. Not counted: ema.decay, 4 bytes a parameter; adapters, which need less.",
+        style="dim",
+    )
