@@ -26,7 +26,14 @@ def test_the_command_learns_recordings_and_says_where_everything_is(speaking_che
         (recordings / f"{index:02d}.txt").write_text(("one two", "three four")[index % 2] + "\n", encoding="utf-8")
     run_dir = tmp_path / "run"
     command = [sys.executable, "finetune.py", f"base={speaking_checkpoint}", f"data={recordings}", f"run_dir={run_dir}", "speaker=1"]
-    command += ["val_share=0.2", "data.seq_len=64", "trainer.precision=32", "trainer.max_steps=40", "trainer.num_threads=1"]
+    command += [
+        "val_share=0.2",
+        "data.seq_len=64",
+        "data.rows_per_batch=2",
+        "trainer.precision=32",
+        "trainer.max_steps=40",
+        "trainer.num_threads=1",
+    ]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads((run_dir / "finetune.json").read_text(encoding="utf-8"))
