@@ -54,3 +54,19 @@ def test_checkpoint_measures_every_way_and_writes_its_table(tmp_path: Path) -> N
         "| ours, beside the step |",
     ):
         assert part in text
+
+
+@pytest.mark.slow
+def test_generate_compares_both_models_and_writes_its_table(tmp_path: Path) -> None:
+    output = tmp_path / "generate.md"
+    command = [sys.executable, "benchmarks/generate.py", "--quick", "--threads", "1", "--batch-sizes", "1", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    for part in (
+        "- command: `python benchmarks/generate.py --quick",
+        "| transformers float32 |",
+        "| ours int8 depth",
+        "| demo | 1 | int8, compiled |",
+    ):
+        assert part in text
