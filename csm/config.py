@@ -424,7 +424,7 @@ class EvaluateConfig:
     run: str = "???"  # a run folder, or a checkpoint folder
     checkpoint: str = "best"  # name under <run>/checkpoints
     output: str | None = None  # None is <run>/evaluation
-    data: str | None = None  # None is the data folder the run was trained on
+    data_path: str | None = None  # None is the data folder the run was trained on
     split: str = "heldout"
     seed: int = 0
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.5])

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from csm import CSM
+from csm.cli.hydra_entry import compose
 from csm.config import EvaluateConfig, ModelConfig, TransformerConfig
 from csm.evaluation.runner import evaluate, find_places
 from csm.text import tokenizer_from_folder
@@ -95,9 +96,14 @@ def test_places_are_found_from_the_run_or_refused(run_folder: Path, tmp_path: Pa
         assert (places.checkpoint, places.run, places.output) == (checkpoint, run_folder, run_folder / "evaluation")
     lonely = tmp_path / "lonely"
     shutil.copytree(checkpoint, lonely)
-    with pytest.raises(ValueError, match="data=<folder of shards>"):
+    with pytest.raises(ValueError, match="data_path=<folder of shards>"):
         find_places(EvaluateConfig(run=str(lonely)))
     with pytest.raises(FileNotFoundError):
         find_places(EvaluateConfig(run=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="temperatures"):
         evaluate(EvaluateConfig(run=str(run_folder), temperatures=[]))
+
+
+def test_the_data_of_an_evaluation_is_given_on_the_command_line(run_folder: Path) -> None:
+    config = compose("evaluate", [f"run={run_folder}", "data_path=elsewhere"], EvaluateConfig)
+    assert config.data_path == "elsewhere" and find_places(config).data == Path("elsewhere")

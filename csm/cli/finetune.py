@@ -176,7 +176,7 @@ def _hand_over(config: FinetuneConfig, base: Base, run_dir: Path, shards: Any) -
     if config.evaluate:
         from csm.evaluation.runner import evaluate
 
-        evaluate(EvaluateConfig(run=str(run_dir), data=config.keep))
+        evaluate(EvaluateConfig(run=str(run_dir), data_path=config.keep))
         summary["evaluation"] = str(run_dir / "evaluation")
     if config.export is not None:
         summary["export"] = str(_export(best, run_dir / "export", config.export))

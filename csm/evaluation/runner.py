@@ -108,11 +108,13 @@ def find_places(config: EvaluateConfig) -> Places:
     checkpoint = resolve_checkpoint(config.run, config.checkpoint)
     run = next((folder for folder in checkpoint.parents if (folder / "config.yaml").is_file()), None)
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
-    data = config.data or settings.get("data", {}).get("path")
+    data = config.data_path or settings.get("data", {}).get("path")
     if isinstance(data, list):
-        raise ValueError(f"{config.run}: trained on {len(data)} folders; say which one to evaluate on: data={data[0]}")
+        raise ValueError(f"{config.run}: trained on {len(data)} folders; say which one to evaluate on: data_path={data[0]}")
     if data is None:
-        raise ValueError(f"{config.run}: no config.yaml above {checkpoint} says which data it was trained on; give data=<folder of shards>")
+        raise ValueError(
+            f"{config.run}: no config.yaml above {checkpoint} says which data it was trained on; give data_path=<folder of shards>"
+        )
     output = Path(config.output) if config.output else (run or checkpoint) / "evaluation"
     return Places(checkpoint, run or checkpoint, Path(data), settings.get("data", {}).get("val_split", "validation"), output)
 
