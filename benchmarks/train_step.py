@@ -41,6 +41,7 @@ from csm.training.plan import count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 AMORTIZATION = 1 / 16
+MEMORY_ROWS = 2  # with one, weights, gradients and moments are most of what is there
 GIB = 2**30
 # csm_1b with every width divided by four: so the feed-forward parts keep their shares, 4 D and 8 E.
 SMALL = ModelConfig(
@@ -113,12 +114,15 @@ class Timing:
     cpu_s: float
 
 
-def made_up_batch(config: ModelConfig, num_positions: int) -> Batch:
-    """One row: a line of text, then frames of random codes and EOS."""
+def made_up_batch(config: ModelConfig, num_positions: int, num_rows: int = 1) -> Batch:
+    """Rows of a line of text, then frames of random codes and EOS."""
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, config.text_vocab_size, (6,), generator=generator).tolist()
-    codes = torch.randint(1, config.audio_vocab_size, (config.num_codebooks, num_positions - 7), generator=generator)
-    return Batch.from_documents([[Rows.concatenate([text_rows(text, config.num_codebooks), audio_rows(codes)])]])
+    rows = []
+    for _ in range(num_rows):
+        text = torch.randint(3, config.text_vocab_size, (6,), generator=generator).tolist()
+        codes = torch.randint(1, config.audio_vocab_size, (config.num_codebooks, num_positions - 7), generator=generator)
+        rows.append([Rows.concatenate([text_rows(text, config.num_codebooks), audio_rows(codes)])])
+    return Batch.from_documents(rows)
 
 
 def their_model(ours: CSM) -> nn.Module:
@@ -226,7 +230,7 @@ def measure_memory(config: ModelConfig, name: str, num_positions: int) -> dict[s
     """Peak resident bytes of a step after the first, and what the states alone take. Meant for a process of its own."""
     variant = VARIANTS[name]
     torch.set_num_threads(1)
-    batch = made_up_batch(config, num_positions)
+    batch = made_up_batch(config, num_positions, MEMORY_ROWS)
     model: nn.Module = CSM(config, dtype=torch.bfloat16 if variant.precision == "bfloat16" else torch.float32)
     if not variant.is_ours:
         model = their_model(model)  # type: ignore[arg-type]
@@ -296,7 +300,7 @@ def _in_words(config: ModelConfig) -> str:
 def memory_table(config: ModelConfig, num_positions: int, memory: dict[str, dict[str, float]]) -> list[str]:
     base = memory[BASELINE]
     lines = [
-        f"### Peak memory of a step, each in a fresh process: {config.name}, {num_positions} positions",
+        f"### Peak memory of a step, each in a fresh process: {config.name}, {MEMORY_ROWS} rows of {num_positions} positions",
         "",
         "| step | peak, GiB | of which weights, gradients and moments | the rest | peak, share of the first | rest, share |",
         "|---|---|---|---|---|---|",
