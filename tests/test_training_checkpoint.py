@@ -220,6 +220,16 @@ def test_old_checkpoints_go_and_the_best_stays(tiny_model_config: ModelConfig, t
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path / "checkpoints")] == sorted({best, 5, 6})
 
 
+def test_run_killed_between_its_last_checkpoint_and_its_name_is_put_right(finished_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    shutil.copytree(finished_run, run_dir)
+    for name in ("last", "best"):
+        (run_dir / f"checkpoints/{name}.txt").write_text("step_000005\n")
+    config = _adamw_run(CSM.from_pretrained(finished_run).config, run_dir, keep_checkpoints=1)  # this call's own is not asked
+    train(replace(config, resume="auto"))
+    assert _files(run_dir / "checkpoints") == _files(finished_run / "checkpoints")
+
+
 def test_every_kth_checkpoint_is_kept_for_good(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
     config = run_config(tiny_model_config, tmp_path, max_steps=9, checkpoint_every=1, keep_every=4, keep_checkpoints=1)
     train(config)

@@ -150,7 +150,7 @@ def test_validation_samples_and_files_are_the_averages_and_training_is_not_touch
         def on_train_start(self, trainer: object, module: CSMModule) -> None:  # type: ignore[override]
             self.weight, self.spoken = module.model.codebook0_head.weight, []
 
-        def __call__(self, text: str, speaker: int, seed: int) -> torch.Tensor:
+        def __call__(self, model: CSM, text: str, speaker: int, seed: int) -> torch.Tensor:
             self.spoken.append(self.weight.detach().clone())
             return torch.zeros(1920)
 

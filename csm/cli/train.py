@@ -69,7 +69,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     from csm.training.module import CSMModule
     from csm.training.progress import ProgressLine
     from csm.training.samples import SpokenSamples
-    from csm.training.saving import Checkpoints
+    from csm.training.saving import Checkpoints, finish_save
     from csm.training.signals import StopOnSignal
     from csm.training.steps import StepLoader
     from csm.training.stop_request import is_first_process
@@ -81,6 +81,8 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     run_dir = run_folder.choose_run_dir(config)
     resume_from = run_folder.find_resume_point(config, run_dir, say)
     if resume_from is not None and checkpoint_step(resume_from) >= config.trainer.max_steps:
+        if is_first_process() and config.resume == "auto":
+            finish_save(resume_from)
         say(f"{run_dir} is already at step {checkpoint_step(resume_from)} of {config.trainer.max_steps}; raise trainer.max_steps to go on")
         return run_dir
 

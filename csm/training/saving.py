@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, Trainer
 
 from csm.config import TrainConfig
@@ -97,21 +99,34 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / checkpoint_name(step))
             self._saved_step = step
             if trainer.is_global_zero:
-                self._writer.then(partial(self._point_and_tidy, step, self.best_step))
+                kept = self._config.keep_checkpoints, self._config.keep_every
+                self._writer.then(partial(point_and_tidy, self.folder / checkpoint_name(step), self.best_step, *kept))
 
-    def _point_and_tidy(self, step: int, best_step: int | None) -> None:
-        """Name the new checkpoint, then delete what is neither new, best nor kept for good."""
-        newest = self.folder / checkpoint_name(step)
-        best = newest if best_step is None else self.folder / checkpoint_name(best_step)
-        if not best.is_dir():  # a later one was better once, and the run went back behind it
-            best = newest
-        write_pointer(self.folder, "last", newest)
-        write_pointer(self.folder, "best", best)
-        # Damaged ones count for nothing here and stay for a person to look at.
-        whole = [
-            path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= step and find_fault(path, is_quick=True) is None
-        ]
-        for path in whole[: -max(1, self._config.keep_checkpoints)]:
-            is_kept = self._config.keep_every > 0 and checkpoint_step(path) % self._config.keep_every == 0
-            if path != best and not is_kept:
-                remove_checkpoint(path)
+
+def finish_save(checkpoint: Path) -> None:
+    """Do what a run killed right after writing its last checkpoint had left to do: name it, and delete what it replaces.
+
+    How many are kept is read from the run's own config.yaml: being asked to go on once more must delete nothing else.
+    """
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    kept = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+    best_step = state["callbacks"].get(Checkpoints.__name__, {}).get("best_step")
+    point_and_tidy(checkpoint, best_step, kept["keep_checkpoints"], kept.get("keep_every", 0))
+
+
+def point_and_tidy(newest: Path, best_step: int | None, keep_checkpoints: int, keep_every: int) -> None:
+    """Name the new checkpoint, then delete what is neither among the newest `keep_checkpoints`, nor best, nor of a step that
+    `keep_every` divides (0: none)."""
+    folder = newest.parent
+    best = newest if best_step is None else folder / checkpoint_name(best_step)
+    if not best.is_dir():  # a later one was better once, and the run went back behind it
+        best = newest
+    write_pointer(folder, "last", newest)
+    write_pointer(folder, "best", best)
+    # Damaged ones count for nothing here and stay for a person to look at.
+    before = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= checkpoint_step(newest)]
+    whole = [path for path in before if find_fault(path, is_quick=True) is None]
+    for path in whole[: -max(1, keep_checkpoints)]:
+        is_kept = keep_every > 0 and checkpoint_step(path) % keep_every == 0
+        if path != best and not is_kept:
+            remove_checkpoint(path)
