@@ -158,6 +158,7 @@ def test_static_shapes_give_the_golden_losses(tiny_model_config):
 @pytest.mark.slow
 def test_compiled_run_gives_the_golden_losses_without_a_graph_break(tiny_model_config):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # other tests of this process compile, too
     assert_golden(train(tiny_model_config, 1 / 4, backward_static, prepare=lambda model: model.compile(fullgraph=True)), "amortized")
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1  # one shape, one graph: no recompilation in 20 steps
