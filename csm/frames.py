@@ -210,18 +210,27 @@ class Batch:
     Attributes:
         tokens: [B, T, K+1] int64.
         mask: [B, T, K+1] bool.
-        document_ids: [B, T] int64; equal ids attend to one another, -1 is padding.
+        document_ids: [B, T] int64; equal ids attend to one another, -1 is padding. Left out: each row is one document, and
+            positions without an unmasked column are padding.
         learn_c0, learn_depth: [B, T] bool, rows whose codebook 0, and whose codebooks 1..K-1, are targets. A row that
-            opens its document is never a target: nothing comes before it.
+            opens its document is never a target: nothing comes before it. Left out: every frame and EOS row.
         keys: the samples inside, for messages that must name a bad one.
     """
 
     tokens: Tensor
     mask: Tensor
-    document_ids: Tensor
-    learn_c0: Tensor
-    learn_depth: Tensor
+    document_ids: Tensor = None  # type: ignore[assignment]  # a Tensor after __post_init__
+    learn_c0: Tensor = None  # type: ignore[assignment]
+    learn_depth: Tensor = None  # type: ignore[assignment]
     keys: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.document_ids is None:
+            self.document_ids = torch.where(self.mask.any(dim=-1), 0, PADDING_DOCUMENT)
+        if self.learn_c0 is None:
+            self.learn_c0 = self.mask[..., 0]
+        if self.learn_depth is None:
+            self.learn_depth = self.mask[..., 0]
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(Batch) if f.name != "keys"})

@@ -258,3 +258,12 @@ def test_wrapped_model_is_called_like_one(model, batch):
             return self.inner(*args, **kwargs)
 
     assert torch.equal(csm_loss(Wrapper(model), replace(batch)).loss, csm_loss(model, batch).loss)
+
+
+def test_tokens_and_mask_alone_are_a_batch(model, tiny_model_config):
+    """What is left out is what a row of one conversation means: one document, every frame and EOS row a target."""
+    whole = Batch.from_documents([[document(tiny_model_config, 9, seed=1)], [document(tiny_model_config, 5, seed=2)]])
+    bare = Batch(whole.tokens, whole.mask)
+    first, second = csm_loss(model, whole, seed=3, step=4), csm_loss(model, bare, seed=3, step=4)
+    assert torch.equal(first.loss, second.loss)
+    assert (bare.document_ids[1] == -1).sum() == whole.tokens.shape[1] - 3 - 5 - 1  # padding is told by the mask
