@@ -20,13 +20,13 @@ import soundfile
 import torch
 
 from csm.config import EvaluateConfig
-from csm.evaluation.asr import Recogniser
 from csm.evaluation.metrics import count_word_errors
 from csm.evaluation.runner import speak
-from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
 from csm.evaluation.suites import SINGLE, Utterance, read_suites
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import Generator
+from csm.listening.asr import Recogniser
+from csm.listening.speaker import SpeakerEncoder, VoiceBook
 from data_prep.script import LENGTH_SHARES, VOICES, spoken
 from data_prep.synthesis import Synthesizer, Voice, random_for
 

@@ -97,7 +97,7 @@ def test_each_demo_preset_sounds_like_its_speaker(demo_voices, demo_corpus_small
     """A speaker encoder, taught on other turns that went through the same codec, names the voice of every preset's sound."""
     from csm.codec import SpectralCodec
     from csm.data.shards import iter_samples
-    from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
+    from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
     try:
         encoder = SpeakerEncoder()

@@ -138,7 +138,7 @@ def build_transcriber(config: TrainConfig) -> Callable[[torch.Tensor], str] | No
     """
     if not config.trainer.transcribe_samples:
         return None
-    from csm.evaluation.asr import Recogniser
+    from csm.listening.asr import Recogniser
 
     try:
         recogniser = Recogniser()

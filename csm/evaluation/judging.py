@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from csm.evaluation.acoustics import is_silent, mel_distance_db
-from csm.evaluation.asr import Recogniser
 from csm.evaluation.metrics import Estimate, WordErrors, count_word_errors, is_runaway, mean_estimate, ratio_estimate
-from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
 from csm.evaluation.suites import CONTEXT, SINGLE, Utterance
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import GeneratedCodes
+from csm.listening.acoustics import is_silent, mel_distance_db
+from csm.listening.asr import Recogniser
+from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
 GROUND_TRUTH, RESYNTHESIS, MODEL = "ground_truth", "resynthesis", "model"
 

@@ -19,12 +19,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from csm.evaluation.acoustics import log_mel_db
 from csm.evaluation.judging import GROUND_TRUTH, Row, Verdict
 from csm.evaluation.metrics import align_words
 from csm.evaluation.plots import Series, bar_chart, line_chart
 from csm.evaluation.suites import CONTEXT, SINGLE, Utterance, evenly_spaced
 from csm.frames import SAMPLE_RATE_HZ
+from csm.listening.acoustics import log_mel_db
 from csm.whole_files import write_text
 
 NUM_CARDS = {SINGLE: 16, CONTEXT: 8}  # utterances that can be heard; with four to six clips each, about 3 MB

@@ -28,15 +28,15 @@ from torch import Tensor
 from csm.config import EvaluateConfig
 from csm.data.index import ShardIndex
 from csm.data.shards import iter_samples
-from csm.evaluation.asr import Recogniser
 from csm.evaluation.judging import RESYNTHESIS, Judge, Row, Verdict, plan_rows, row_metrics
 from csm.evaluation.likelihood import score_samples
 from csm.evaluation.metrics import Estimate, seed_for
 from csm.evaluation.report import terminal_table, write_report
-from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
 from csm.evaluation.suites import SINGLE, Utterance, evenly_spaced, read_suites
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import GeneratedCodes, Generator, Request
+from csm.listening.asr import Recogniser
+from csm.listening.speaker import SpeakerEncoder, VoiceBook
 from csm.model.pretrained import resolve_checkpoint
 from csm.whole_files import write_text
 

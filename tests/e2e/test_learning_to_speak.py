@@ -18,10 +18,10 @@ import pytest
 import soundfile
 
 from csm.config import EvaluateConfig
-from csm.evaluation.asr import Recogniser
 from csm.evaluation.metrics import count_word_errors
-from csm.evaluation.speaker import SpeakerEncoder, VoiceBook
 from csm.evaluation.suites import SINGLE, read_suites
+from csm.listening.asr import Recogniser
+from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 800

@@ -1,7 +1,7 @@
 """Whose voice a clip is in: GE2E embeddings (Resemblyzer's weights) and the nearest voice.
 
 Only the weights of the `Resemblyzer` wheel are used. The package itself would bring librosa, numba and a compiler for
-webrtcvad to do what thirty lines do here; `tests/test_evaluation_speaker.py` holds its published behaviour.
+webrtcvad to do what thirty lines do here; `tests/test_listening_speaker.py` holds its published behaviour.
 Source: Wan et al. 2018, "Generalized end-to-end loss for speaker verification"; Resemblyzer 0.1.4 (Apache-2.0) for the
 sizes, the 1.6 s windows at 1.3 a second and the -30 dBFS level.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from csm.evaluation.acoustics import is_silent, mel_spectrogram, resample, trim_silence
+from csm.listening.acoustics import is_silent, mel_spectrogram, resample, trim_silence
 
 RATE_HZ = 16_000
 NUM_MELS = 40

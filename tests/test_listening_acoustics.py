@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from csm.evaluation.acoustics import _warped_mean, is_silent, log_mel_db, mel_distance_db, mel_spectrogram, trim_silence
+from csm.listening.acoustics import _warped_mean, is_silent, log_mel_db, mel_distance_db, mel_spectrogram, trim_silence
 
 
 def tone(frequency_hz: float, duration_s: float, rate_hz: int = 24_000) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from csm.evaluation.speaker import SpeakerEncoder, VoiceBook, window_starts
+from csm.listening.speaker import SpeakerEncoder, VoiceBook, window_starts
 
 TEXTS = ("one six zero", "four nine two", "three eight seven five", "zero five one", "two two nine six", "seven four eight one six")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from csm.config import EvaluateConfig
-from csm.evaluation.asr import Recogniser
 from csm.evaluation.metrics import count_word_errors
+from csm.listening.asr import Recogniser
 
 TEXTS = ("seven four two", "nine one zero", "three eight six five")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from csm.evaluation.acoustics import resample
+from csm.listening.acoustics import resample
 
 RATE_HZ = 16_000
 SILENCE_BEFORE_S, SILENCE_AFTER_S = 0.17, 0.33  # Whisper mishears clips that start at once
