@@ -60,13 +60,15 @@ prep-env: $(PREP_STAMP) ## the data preparation environment, .venv-prep (about 8
 $(VENV): $(STAMP) ## the environment of everything else (about 2 GB); made when needed
 
 # torch first and alone, at its exact version: a range makes pip weigh, and fetch, CUDA builds of several GB.
-# Resemblyzer last and without its dependencies: see the extra `demo` in pyproject.toml. `pip check` must miss nothing else.
+# Three wheels last and without their dependencies, for of them only the weights are read (see the extra `data` in pyproject.toml).
+# `pip check` must miss nothing else.
+WEIGHTS := resemblyzer speechmos whisperx
 $(STAMP): | python-is-new-enough
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints/core.txt $(call locked,core,torch)
 	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,demo,dev,eval]"
-	$(PIP) install -q --no-deps $(call locked,core,resemblyzer)
-	! $(PIP) check | grep -viE '^(no broken requirements|resemblyzer )'
+	$(PIP) install -q --no-deps $(foreach name,$(WEIGHTS),$(call locked,core,$(name)))
+	! $(PIP) check | grep -viE '^(no broken requirements|resemblyzer |speechmos |whisperx )'
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -441,7 +441,7 @@ class EvaluateConfig:
 
 @dataclass
 class IngestConfig:
-    """`prep=turns`: what a recording must be, and how loud it becomes."""
+    """`python -m data_prep`: what a recording must be, and how loud it becomes."""
 
     loudness_lufs: float = -23.0  # of a recording, or of each channel where channels are speakers; EBU R 128
     peak_dbtp: float = -1.0  # true peak no recording is raised above: it stays quieter instead
@@ -456,20 +456,113 @@ class IngestConfig:
 
 
 @dataclass
+class TranscribeConfig:
+    """`prep=offline`, `prep=conversations`: who listens, and what is not believed."""
+
+    model: str = "auto"  # folder of a CTranslate2 Whisper, a hub id, or "auto": the packaged base, else the packaged tiny.en
+    language: str | None = None  # "en", ...; null asks the model, which an English-only one answers with en
+    device: str = "cpu"
+    compute_type: str = "int8"  # of CTranslate2: "int8", "float16" on a GPU, "float32"
+    batch_size: int = 8  # windows of speech read together
+    speech_onset: float = 0.4  # probability of speech above which a stretch begins
+    speech_offset: float = 0.3  # below which it ends
+    min_speech_s: float = 0.1  # shorter stretches are no speech
+    fill_gap_s: float = 0.2  # shorter silences are part of the speech around them
+    pad_s: float = 0.1  # heard before and after a stretch
+    max_window_s: float = 28.0  # stretches are read together up to this long; Whisper's window is 30 s
+    # What Whisper makes up; measured on conversations and on silence, noise and music (docs/data.md).
+    max_compression: float = 2.4  # a text that repeats itself; Whisper's own threshold
+    min_log_probability: float = -1.0  # mean of its words'; with max_no_speech only
+    max_no_speech: float = 0.6  # dropped when also below min_log_probability; Whisper's own thresholds
+    max_characters_per_s: float = 40.0  # nobody speaks faster
+    min_unique_share: float = 0.4  # of the words of a segment of ten and more
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.speech_offset <= self.speech_onset < 1, "transcribe.speech_offset", self.speech_offset, "above 0, at most speech_onset"
+        )
+        _require(0 < self.max_window_s <= 30, "transcribe.max_window_s", self.max_window_s, "at most 30 seconds")
+        _require(self.batch_size > 0, "transcribe.batch_size", self.batch_size, "a positive number")
+
+
+@dataclass
+class DiarizeConfig:
+    """`prep=offline`, `prep=conversations`: who speaks when."""
+
+    channels: str = "auto"  # of two-channel files: "speakers" are kept apart, "mix" averages them; "auto" looks whether they differ
+    num_speakers: int = 0  # of every recording; 0 finds out
+    max_speakers: int = 0  # 0 is no limit
+    onset: float = 0.5  # probability above which a local speaker is active
+    threshold: float = 0.25  # cosine distance up to which two voices are one, by average linkage; 0.3 halves the speakers, 0.2 doubles them
+    short_threshold: float = 0.37  # the same where fewer than min_clear_share of the pieces are clear: short ones lie farther apart
+    min_clear_share: float = 0.15
+    link_threshold: float = 0.2  # the same for whole speakers of two parts of a long recording: means of many pieces vary less
+    min_windows: int = 4  # a speaker of fewer pieces, and of less than a tenth of them, is given to the nearest other
+    clear_s: float = 1.6  # of a piece that nobody else speaks in, from which its voice helps to tell how many there are
+    min_alone_s: float = 0.4  # speech alone from which overlapped speech is left out of a voice
+    min_heard_s: float = 0.2  # less than this has no voice
+    split_pause_s: float = 0.35  # a pause after which a voice is looked at anew: another speaker may have begun
+    fill_gap_s: float = 0.1  # shorter pauses are part of what is around them
+
+    def __post_init__(self) -> None:
+        _one_of("diarize.channels", self.channels, ("auto", "speakers", "mix"))
+        _require(0 < self.threshold < 2, "diarize.threshold", self.threshold, "a cosine distance in (0, 2)")
+        _require(self.num_speakers >= 0, "diarize.num_speakers", self.num_speakers, "0 or more")
+
+
+@dataclass
+class SegmentConfig:
+    """`prep=offline`, `prep=conversations`: how words become turns."""
+
+    max_pause_s: float = 0.7  # between words of an utterance
+    merge_gap_s: float = 1.5  # utterances of one speaker with nobody in between are one turn up to this pause
+    max_turn_s: float = 30.0  # longer turns are cut at a sentence's end or a pause
+    pad_s: float = 0.1  # of sound kept around a turn, half of the pause at most
+    max_backchannel_words: int = 3  # of a listener's "mm-hmm", which is kept and marked
+    text: str = "as_heard"  # as the recogniser writes it; "spoken" is lower case, no punctuation, digits as words ("742": seven four two)
+
+    def __post_init__(self) -> None:
+        _one_of("segment.text", self.text, ("as_heard", "spoken"))
+        _require(0 < self.max_turn_s <= 60, "segment.max_turn_s", self.max_turn_s, "at most 60 s: a codec's memory grows with length")
+
+
+@dataclass
+class FilterConfig:
+    """`prep=offline`, `prep=conversations`: which turns are left out. Every measure is in the shards, too: tag now, choose later."""
+
+    # Nearly every real meeting turn scores below 3.0 of DNSMOS (measured, docs/data.md), so only what is clearly bad goes.
+    min_dnsmos: float = 2.0  # overall, of a recording: the median of the turns looked at; 0 does not look
+    dnsmos_turns: int = 6  # of a recording, evenly spread, 9 s around each: the network hears three times real time
+    min_snr_db: float = 0.0  # speech over the quiet parts of the recording
+    min_bandwidth_hz: float = 3_400.0  # below a telephone's
+    max_clipping: float = 0.01  # share of a turn's samples at full scale
+    min_speech_share: float = 0.2  # of a turn that the voice detection took for speech
+    min_log_probability: float = -1.0  # mean of a turn's words'
+    min_words_per_s: float = 0.3
+    max_words_per_s: float = 8.0
+    max_compression: float = 2.4  # text that repeats itself; Whisper's own threshold
+    languages: list[str] = field(default_factory=list)  # of recordings; empty takes every language
+    min_language_probability: float = 0.5  # of a recording; a model that knows one language is always sure
+    max_overlap_share: float = 0.2  # of a turn in mixed channels that others talk over: above, it is context and never learnt
+
+
+@dataclass
 class EncodeConfig:
-    """`prep=turns`: how turns become samples."""
+    """`python -m data_prep`: how turns become samples."""
 
     min_turn_s: float = 0.16  # two frames; shorter turns are dropped
     max_turn_s: float = 60.0  # longer turns are dropped: a codec's memory grows with length (Mimi: 9.9 GB at 300 s)
     max_positions: int = 1920  # of a sample: text ids, frames and EOS rows; a window of 2048 keeps room to answer
     renumber_speakers: bool = True  # speakers of a sample become 0, 1, ... in the order they speak; false keeps the numbers given
     first_speaker: int = 0  # where that count begins
+    max_gap_s: float = 8.0  # a longer silence between turns ends a sample: what follows answers something else
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
     device: str = "cpu"  # of the codec
 
     def __post_init__(self) -> None:
         _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")
         _require(self.max_positions > 0, "encode.max_positions", self.max_positions, "a positive number")
+        _require(self.max_gap_s > 0, "encode.max_gap_s", self.max_gap_s, "a positive number")
         _require(self.first_speaker >= 0, "encode.first_speaker", self.first_speaker, "0 or more")
 
 
@@ -477,8 +570,10 @@ class EncodeConfig:
 class PrepConfig:
     """`python -m data_prep`."""
 
-    name: str = "demo"  # "demo" synthesises the offline corpus, "turns" encodes recordings with known texts, "index" indexes shards
-    input: str | None = None  # turns: a folder of recordings, or a manifest.jsonl or metadata.csv that names them
+    # "demo" synthesises the offline corpus; "turns" encodes recordings with known texts; "conversations" and "offline" also find out
+    # who says what, the latter by models that packages carry; "index" indexes shards made elsewhere
+    name: str = "demo"
+    input: str | None = None  # a folder of recordings, or a manifest.jsonl or metadata.csv that names them
     output: str = "data/demo"
     stages: list[str] = field(default_factory=list)  # empty runs all of the named preparation
     seed: int = 0
@@ -491,6 +586,10 @@ class PrepConfig:
     license: str | None = None  # turns: of recordings whose manifest names none
     language: str | None = None  # turns: of recordings whose manifest names none
     ingest: IngestConfig = field(default_factory=IngestConfig)
+    transcribe: TranscribeConfig = field(default_factory=TranscribeConfig)  # this and the next three: conversations, offline
+    diarize: DiarizeConfig = field(default_factory=DiarizeConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)  # turns: spectral without a source is fitted on the recordings
     text: TextConfig = field(default_factory=lambda: TextConfig(tokenizer="bytes"))  # turns: words without a source takes the words said
@@ -499,7 +598,7 @@ class PrepConfig:
     num_phases: int = 8  # demo: copies of a conversation, cut 10 ms apart, so that frames fall differently on the speech
 
     def __post_init__(self) -> None:
-        _one_of("prep.name", self.name, ("demo", "turns", "index"))
+        _one_of("prep.name", self.name, ("demo", "turns", "conversations", "offline", "index"))
         _one_of("split_by", self.split_by, ("auto", "speaker", "recording"))
         _require(self.num_workers > 0, "num_workers", self.num_workers, "a positive number")
         _require(self.slice_count > 0, "slice_count", self.slice_count, "a positive number")
@@ -508,6 +607,9 @@ class PrepConfig:
         )
         _require(self.unit_min > 0, "unit_min", self.unit_min, "a positive number")
         _require(0 <= self.val_share < 1, "val_share", self.val_share, "a share in [0, 1)")
+        needs_words = self.name in ("conversations", "offline") and self.text.tokenizer == "words" and self.text.source is None
+        unknown = "a folder with tokenizer.json: which words are said is not known yet (or text=bytes)"
+        _require(not needs_words, "text.source", self.text.source, unknown)
         _require(1 <= self.num_phases <= 8, "num_phases", self.num_phases, "1 to 8 (a frame is eight hops of 10 ms)")
 
 

@@ -10,30 +10,45 @@ from typing import Any
 from csm.config import PrepConfig
 
 ABOUT = (
-    "Prepare training data: synthesise the offline demo corpus, turn recordings with known texts into shards, or write the index "
-    "of shards made elsewhere. Leaves with status 1 when something was dropped for a fault of its own; failures.jsonl names it."
+    "Prepare training data: recordings of people talking become transcripts, speakers, turns and shards (prep=conversations; prep=offline "
+    "with models that packages carry); recordings with known texts become shards (prep=turns); the offline demo corpus is synthesised; "
+    "or the index of shards made elsewhere is written. Leaves with status 1 when something was dropped for a fault of its own; "
+    "failures.jsonl names it."
 )
 EXAMPLES = (
     "-m data_prep prep=demo output=data/demo",
+    "-m data_prep prep=offline input=recordings output=data/mine   # any recordings of speech",
     "-m data_prep prep=turns input=recordings output=data/mine   # a folder of recordings, a .txt beside each",
     "-m data_prep prep=turns input=recordings output=data/mine slice_index=0 slice_count=8   # one of eight; then stages=[merge]",
     "-m data_prep prep=index output=data/mine   # data/mine/<split>/*.tar, data/mine/codec/codec.json",
 )
-STAGES = {"demo": ("synthesise",), "turns": ("manifest", "encode", "merge"), "index": ("index",)}
+_LISTENED = ("manifest", "transcribe", "segment", "filter", "encode", "merge")
+STAGES = {
+    "demo": ("synthesise",),
+    "turns": ("manifest", "encode", "merge"),
+    "conversations": _LISTENED,
+    "offline": _LISTENED,
+    "index": ("index",),
+}
+ALIASES = {"ingest": "manifest", "shard": "merge"}
 
 
 def prepare(config: PrepConfig) -> None:
     """Run the stages asked for, or all of the named preparation."""
-    known = STAGES["turns"] if config.name == "turns" else (*STAGES["demo"], *STAGES["index"])
+    config.stages = [ALIASES.get(stage, stage) for stage in config.stages]
+    is_recordings = config.name in ("turns", "conversations", "offline")
+    known = STAGES[config.name] if is_recordings else (*STAGES["demo"], *STAGES["index"])
     unknown = [stage for stage in config.stages if stage not in known]
     if unknown:
         raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
-    if config.name == "turns":
+    if is_recordings:
         from data_prep.turns import prepare_turns
 
         sys.exit(prepare_turns(config))
     if config.input is not None:
-        raise ValueError(f"input={config.input}: prep={config.name} reads no recordings; add prep=turns")
+        raise ValueError(
+            f"input={config.input}: prep={config.name} reads no recordings; add prep=offline, or prep=turns where texts are known"
+        )
     for stage in config.stages or STAGES[config.name]:
         if stage == "synthesise":
             from data_prep.demo import build_demo

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,8 @@ def cut_turns(recording: Recording, ingested: Ingested, config: EncodeConfig) ->
             )
         last = min(last, num_samples)
         cut = CutTurn(turn, first, last, overlap=latest is not None and first < latest.last)
+        if latest is not None and first - latest.last > config.max_gap_s * SAMPLE_RATE_HZ:
+            conversation.runs.append([])
         if latest is not None and cut.overlap:
             latest.overlap = True
         if latest is None or last > latest.last:
@@ -194,6 +197,12 @@ def _num_positions(piece: Sequence[CutTurn], tokenizer: TextTokenizer, config: E
     return total
 
 
+def _from(word: dict[str, Any], begin: int) -> dict[str, Any]:
+    """A word with its times counted from the sample's first turn."""
+    times = {key: round(word[key] - begin / SAMPLE_RATE_HZ, 4) for key in ("start_s", "end_s")}
+    return {**word, "word": word["word"].strip(), **times}
+
+
 def _sample(key: str, piece: Sequence[CutTurn], conversation: Conversation, config: EncodeConfig) -> Sample:
     """One sample; its times begin with its first turn."""
     recording, ingested = conversation.recording, conversation.ingested
@@ -212,12 +221,12 @@ def _sample(key: str, piece: Sequence[CutTurn], conversation: Conversation, conf
                 "start_s": round((cut.first - begin) / SAMPLE_RATE_HZ, 6),
                 "end_s": round((cut.last - begin) / SAMPLE_RATE_HZ, 6),
                 "frames": [first, last],
-                "words": [],
+                "words": [_from(word, begin) for word in cut.turn.words],
                 "overlap": cut.overlap,
-                "backchannel": False,
-                "quality": {"clipping": round(ingested.clipping, 6)},
-                "emotion": None,
-                "learn": {"c0": True, "depth": True},
+                "backchannel": cut.turn.backchannel,
+                "quality": {"clipping": round(ingested.clipping, 6), **cut.turn.quality},
+                "emotion": cut.turn.emotion,
+                "learn": {"c0": cut.turn.learn, "depth": cut.turn.learn},
             }
         )
         first = last

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ import torch
 from csm.codec import Codec, codec_from_folder
 from csm.config import EncodeConfig, IngestConfig
 from csm.text import tokenizer_from_folder
+from data_prep import stages
 from data_prep.encode import Conversation, cut_turns, encode_all, samples_of
 from data_prep.failures import Failure, Rejected
 from data_prep.ingest import ingest
 from data_prep.manifest import Recording, file_digest, read_manifest
 from data_prep.planning import Unit
 from data_prep.shard import Sample, write_atomic, write_split
+from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
 
+ENCODE = "encode"
 UNIT_VERSION = 1  # raise when the same settings would give other bytes
 MAX_LOST_WORKERS = 3  # of one run; a fourth says that the machine, or a unit, kills them
 
@@ -47,6 +50,7 @@ class Job:
         root: of the recordings.
         output: the data folder; its codec/ and tokenizer.json are those to encode with.
         license, language: of recordings whose manifest names none.
+        listening: finds out who says what, where the manifest does not say it.
     """
 
     root: Path
@@ -56,6 +60,8 @@ class Job:
     encode: EncodeConfig
     license: str | None = None
     language: str | None = None
+    listening: Listening | None = None  # of recordings whose turns are not known yet
+    stages: tuple[str, ...] = (ENCODE,)  # of those a unit goes through, which are to be done now
 
     @property
     def work(self) -> Path:
@@ -74,11 +80,16 @@ class Job:
 
 
 def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
-    """Do one unit and return what its `done/<unit>.json` says.
+    """Do the stages of one unit that are asked for and not done, and return what its `done/<unit>.json` says.
 
     Raises:
-        ValueError: if the manifest is not the one the unit was planned on.
+        ValueError: if the manifest is not the one the unit was planned on, or a stage's input is not there.
     """
+    rows = heard_rows(unit, job, job.stages)
+    if job.listening is not None and rows is None:
+        raise ValueError(f"unit {unit.name} has not been listened to with these settings; run stages=[{','.join(stages.NAMES)}] first")
+    if ENCODE not in job.stages:
+        return {}
     folder = job.work / "units" / unit.name
     done = job.work / "done" / f"{unit.name}.json"
     part = folder.with_name(unit.name + ".tmp")
@@ -90,12 +101,12 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
         parent.mkdir(parents=True, exist_ok=True)
     codec = _codec(str(job.output / "codec"), job.codec_digest, job.encode.device)
     tokenizer = tokenizer_from_folder(job.output)
-    failures: list[Failure] = []
+    failures: list[Failure] = failures_of(rows) if rows is not None else []
     keys: list[str] = []
     counts = {"num_turns": 0, "num_frames": 0, "speech_s": 0.0}
 
     def samples() -> Iterator[Sample]:
-        for conversation in encode_all(_conversations(unit, job, failures), codec):
+        for conversation in encode_all(_conversations(unit, job, failures, rows), codec):
             for piece in samples_of(conversation, tokenizer, job.encode):
                 if isinstance(piece, Failure):
                     failures.append(piece)
@@ -114,7 +125,7 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
         "unit": unit.name,
         "split": unit.split,
         "config_digest": job.config_digest(),
-        "input_digest": unit.digest,
+        "input_digest": _input_digest(unit, rows),
         "shards": index["shards"],
         "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
         "keys": keys,
@@ -125,8 +136,22 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     return record
 
 
-def _conversations(unit: Unit, job: Job, failures: list[Failure]) -> Iterator[Conversation]:
-    for recording in unit_recordings(unit, job.manifest):
+def heard_rows(unit: Unit, job: Job, names: Sequence[str]) -> list[dict[str, Any]] | None:
+    """What listening to a unit left, the named stages done where they were not; None where it is not needed or not done."""
+    if job.listening is None:
+        return None
+    asked = [name for name in stages.NAMES if name in job.stages]
+    last = stages.FILTER if ENCODE in job.stages or not asked else asked[-1]
+    recordings = partial(unit_recordings, unit, job.manifest)
+    return run_stages(job.listening, names, last, job.work, unit.name, unit.digest, recordings, job.root)
+
+
+def _input_digest(unit: Unit, rows: Sequence[dict[str, Any]] | None) -> str:
+    return unit.digest if rows is None else rows_digest(rows)
+
+
+def _conversations(unit: Unit, job: Job, failures: list[Failure], rows: Sequence[dict[str, Any]] | None) -> Iterator[Conversation]:
+    for recording in unit_recordings(unit, job.manifest) if rows is None else recordings_of(rows):
         recording.license = recording.license or job.license
         recording.language = recording.language or job.language
         path = job.root / recording.source
@@ -157,9 +182,14 @@ def unit_recordings(unit: Unit, manifest: Path) -> Iterator[Recording]:
 
 def read_done(unit: Unit, job: Job, config_digest: str) -> dict[str, Any] | None:
     """What a finished unit says; None when it has to be done (again)."""
+    rows = heard_rows(unit, job, ())
+    if job.listening is not None and rows is None:
+        return None
+    if ENCODE not in job.stages:
+        return {}
     try:
         record = json.loads((job.work / "done" / f"{unit.name}.json").read_text(encoding="utf-8"))
-        is_same = record["config_digest"] == config_digest and record["input_digest"] == unit.digest
+        is_same = record["config_digest"] == config_digest and record["input_digest"] == _input_digest(unit, rows)
         folder = job.work / "units" / unit.name
         for name, (num_bytes, digest) in record["files"].items() if is_same else ():
             path = folder / name

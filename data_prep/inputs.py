@@ -1,4 +1,4 @@
-"""Input forms of `prep=turns`: which recordings there are, who says what in them.
+"""Input forms: which recordings there are, and for `prep=turns` who says what in them.
 
 Three forms: a folder of recordings with a text of the same name beside each; a folder with `metadata.csv` (LJSpeech); a
 `manifest.jsonl`. Each gives candidates, which `probe` turns into manifest lines by reading the files themselves.
@@ -50,10 +50,14 @@ class Input:
 
     root: Path
     table: Path | None
+    with_texts: bool = True
 
     @classmethod
-    def find(cls, path: Path) -> Input:
+    def find(cls, path: Path, *, with_texts: bool = True) -> Input:
         """Tell which form `input=` has.
+
+        Args:
+            with_texts: whether every recording must say what is said in it; without, texts that are there are not looked at.
 
         Raises:
             FileNotFoundError: if there is nothing at the path.
@@ -62,19 +66,21 @@ class Input:
         if path.is_file():
             if path.suffix not in (".jsonl", ".csv"):
                 raise ValueError(f"input={path}: a file must be a manifest (.jsonl) or a table (.csv); give the folder it lies in")
-            return cls(path.parent, path)
+            return cls(path.parent, path, with_texts)
         if not path.is_dir():
             raise FileNotFoundError(f"input={path}: nothing there; expected a folder of recordings, {MANIFEST_NAME} or {METADATA_NAME}")
         for name in (MANIFEST_NAME, METADATA_NAME):
             if (path / name).is_file():
-                return cls(path, path / name)
-        return cls(path, None)
+                return cls(path, path / name, with_texts)
+        return cls(path, None, with_texts)
 
     def candidates(self) -> Iterator[Candidate | Failure]:
         """Recordings in a fixed order; what cannot be one, as a failure."""
         if self.table is None:
-            return _from_folder(self.root)
-        return _from_manifest(self.table) if self.table.suffix == ".jsonl" else _from_metadata(self.table)
+            return _from_folder(self.root, self.with_texts)
+        if self.table.suffix == ".jsonl":
+            return _from_manifest(self.table, self.with_texts)
+        return _from_metadata(self.table, self.with_texts)
 
     def listing(self) -> Iterator[str]:
         """A line a file that the candidates depend on: path, size, time of change. Equal listings, equal recordings."""
@@ -82,7 +88,7 @@ class Input:
             status = self.table.stat()
             yield f"{self.table.name}\t{status.st_size}\t{status.st_mtime_ns}"
         for path in _walk(self.root):
-            if path.suffix.lower() in SUFFIXES or path.suffix == ".txt":
+            if path.suffix.lower() in SUFFIXES or (self.with_texts and path.suffix == ".txt"):
                 yield json.dumps([os.fsencode(path.relative_to(self.root)).hex(), *_size_and_time(path)])
 
 
@@ -104,7 +110,7 @@ def probe(found: Candidate, root: Path) -> Recording | Failure:
         return Failure.of(found.source, "manifest", why, duration_s=duration_s)
 
 
-def _from_folder(root: Path) -> Iterator[Candidate | Failure]:
+def _from_folder(root: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
     seen: dict[Path, str] = {}
     for path in _walk(root):
         if path.is_dir():
@@ -116,6 +122,9 @@ def _from_folder(root: Path) -> Iterator[Candidate | Failure]:
         try:
             if not _is_utf8(path):
                 raise Rejected("bad_name", "its name is not UTF-8; rename it")
+            if not with_texts:
+                yield Candidate(source, [])
+                continue
             stem = path.with_suffix("")
             if stem in seen:
                 raise Rejected("same_name", f"{seen[stem]} has the same name, and so the same text")
@@ -143,13 +152,16 @@ def _text_beside(path: Path) -> str:
     return text
 
 
-def _from_metadata(table: Path) -> Iterator[Candidate | Failure]:
+def _from_metadata(table: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
     """LJSpeech's table: `id|text` or `id|text|text as read`, the recordings in `wavs/` or beside the table."""
     root = table.parent
     for number, line in _lines(table):
         fields = line.split("|")
         where = f"{table.name}:{number}"
         try:
+            if not with_texts:
+                yield Candidate(_recording_of(root, fields[0].strip(), where), [], where=where)
+                continue
             if len(fields) < 2:
                 raise Rejected("schema", f"{where} is {line[:60]!r}, expected id|text")
             text = normalised(fields[2] if len(fields) > 2 and fields[2].strip() else fields[1], where)
@@ -171,7 +183,7 @@ def _recording_of(root: Path, name: str, where: str) -> str:
     raise Rejected("missing", f"{where}: no recording {name!r} in wavs/ or beside {METADATA_NAME}")
 
 
-def _from_manifest(table: Path) -> Iterator[Candidate | Failure]:
+def _from_manifest(table: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
     for number, line in _lines(table):
         where = f"{table.name}:{number}"
         source = where
@@ -184,6 +196,9 @@ def _from_manifest(table: Path) -> Iterator[Candidate | Failure]:
             if not _is_inside(values["audio"]):
                 raise Rejected("outside", f"{where}: audio {values['audio']!r} leads out of the manifest's folder; link it into the folder")
             source = os.path.normpath(values["audio"])
+            if not with_texts:
+                yield Candidate(source, [], values.get("license"), values.get("language"), where)
+                continue
             single = {key: values[key] for key in _TURN_KEYS if key in values}
             if ("turns" in values) == bool(single):
                 raise Rejected("schema", f"{where} needs either turns, or the text of its only turn")

@@ -32,6 +32,11 @@ class ManifestTurn:
         speaker_name: the same over all recordings where given; keeps a speaker's recordings in one split.
         start_s, end_s: in the recording; None is its beginning, or its end.
         channel: of the recording, from 0, where every speaker has one; None is the mix of all.
+        words: `word, start_s, end_s, probability` of each, times in the recording, as a recogniser wrote them.
+        backchannel: a short "mm-hmm" while or right after another speaks.
+        learn: false keeps it as context that no loss is taken of.
+        quality: measures by name (docs/data.md).
+        emotion: `label` and `probability`.
     """
 
     text: str
@@ -40,6 +45,14 @@ class ManifestTurn:
     start_s: float | None = None
     end_s: float | None = None
     channel: int | None = None
+    words: list[dict[str, Any]] = field(default_factory=list)
+    backchannel: bool = False
+    learn: bool = True
+    quality: dict[str, float] = field(default_factory=dict)
+    emotion: dict[str, Any] | None = None
+
+
+_OPTIONAL = {"words": [], "backchannel": False, "learn": True, "quality": {}}  # left out of a manifest line where they say nothing
 
 
 @dataclass
@@ -69,7 +82,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str | None": (str, type(None)),
     "int | None": (int, type(None)),
     "float | None": (int, float, type(None)),
-    "list[ManifestTurn]": (list,),
+    "bool": (bool,),
+    "dict[str, float]": (dict,),
+    "dict[str, Any] | None": (dict, type(None)),
 }
 
 
@@ -96,7 +111,9 @@ def check_object(raw: object, schema: type, what: str, more: tuple[str, ...] = (
                 raise Rejected("schema", f"{what} has no {name!r}")
             continue
         value = raw[name]
-        if not isinstance(value, _TYPES[str(item.type)]) or isinstance(value, bool):
+        kind = str(item.type)
+        expected = (list,) if kind.startswith("list[") else _TYPES[kind]
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise Rejected("schema", f"{what}: {name} is {value!r}, expected {item.type}")
         if isinstance(value, float) and not math.isfinite(value):
             raise Rejected("schema", f"{what}: {name} is {value!r}, expected a finite number")
@@ -105,12 +122,16 @@ def check_object(raw: object, schema: type, what: str, more: tuple[str, ...] = (
     return raw
 
 
-def check_turns(raw: object, what: str) -> list[ManifestTurn]:
+def check_turns(raw: object, what: str, *, may_be_empty: bool = False) -> list[ManifestTurn]:
     """Turns of a JSON array, in the order of their starts.
 
+    Args:
+        may_be_empty: of recordings that nobody has listened to yet.
     Raises:
         Rejected: "schema", names the turn.
     """
+    if raw == [] and may_be_empty:
+        return []
     if not isinstance(raw, list) or not raw:
         raise Rejected("schema", f"{what}: turns is {raw!r}, expected a list of at least one turn")
     turns = [_check_turn(entry, f"{what}, turn {index}", len(raw) == 1) for index, entry in enumerate(raw)]
@@ -179,12 +200,15 @@ def file_digest(path: Path) -> str:
 def manifest_line(recording: Recording) -> str:
     """A line of the manifest; keys without a value are left out."""
     row = {key: value for key, value in asdict(recording).items() if value is not None}
-    row["turns"] = [{key: value for key, value in turn.items() if value is not None} for turn in row["turns"]]
+    row["turns"] = [
+        {key: value for key, value in turn.items() if value is not None and (key not in _OPTIONAL or value != _OPTIONAL[key])}
+        for turn in row["turns"]
+    ]
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def read_manifest(lines: Iterable[str], where: str, first_line: int = 1) -> Iterator[Recording]:
-    """The recordings of manifest lines.
+    """The recordings of manifest lines; without turns, those that are still to be transcribed.
 
     Raises:
         ValueError: names the file, the line, the key and what was expected.
@@ -192,7 +216,7 @@ def read_manifest(lines: Iterable[str], where: str, first_line: int = 1) -> Iter
     for number, line in enumerate(lines, first_line):
         try:
             values = dict(check_object(json.loads(line), Recording, "the line"))
-            values["turns"] = check_turns(values.get("turns"), "the line")
+            values["turns"] = check_turns(values.get("turns"), "the line", may_be_empty=True)
         except (json.JSONDecodeError, Rejected) as error:
             raise ValueError(f"{where}:{number}: {error}; run stages=[manifest] again") from error
         yield Recording(**values)

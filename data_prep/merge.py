@@ -26,6 +26,7 @@ from data_prep.shard import FORMAT_VERSION, INDEX_NAME, write_atomic
 
 FAILURES_NAME, SUMMARY_NAME = "failures.jsonl", "summary.json"
 HARMLESS = ("duplicate",)  # dropped on purpose: no fault, no exit status
+CHOSEN = ("transcribe", "filter")  # stages whose drops are choices of the settings
 
 
 def merge(job: Job, units: Sequence[Unit]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _summary(plan: dict[str, Any], done: Sequence[dict[str, Any]], failures: Seq
         "splits": splits,
         "dropped": {key: {"count": count, "duration_s": seconds[key]} for key, count in sorted(reasons.items())},
         "units_not_done": num_missing,
-        "is_faulty": num_missing > 0 or any(row["reason"] not in HARMLESS for row in failures),
+        "is_faulty": num_missing > 0 or any(row["reason"] not in HARMLESS and row["stage"] not in CHOSEN for row in failures),
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -15,10 +17,11 @@ from csm.text import TextTokenizer, WordTokenizer, load_tokenizer, tokenizer_fro
 from data_prep.encode import cut_turns
 from data_prep.failures import Rejected
 from data_prep.ingest import ingest
-from data_prep.manifest import Recording
+from data_prep.manifest import ManifestTurn, Recording
 from data_prep.planning import uniform
 
 FIT_S = 1_200.0  # of speech that a spectral codec is fitted on
+_WINDOW_S = 6.0
 _CODEC_NAME, _TOKENIZER_NAME = "codec.json", "tokenizer.json"
 
 
@@ -91,6 +94,8 @@ def _fit(config: PrepConfig, recordings: Sequence[Recording], root: Path, consol
         if speech_s >= FIT_S:
             break
         try:
+            if not recording.turns:
+                recording = _in_windows(recording)
             by_channel = any(turn.channel is not None for turn in recording.turns)
             conversation = cut_turns(recording, ingest(root / recording.source, config.ingest, by_channel=by_channel), config.encode)
         except Rejected:
@@ -101,3 +106,11 @@ def _fit(config: PrepConfig, recordings: Sequence[Recording], root: Path, consol
         raise ValueError("no recording to fit the spectral codec on; give one with codec.source=<folder>")
     console.print(f"fitting a spectral codec on {speech_s / 60:.1f} min of these recordings", highlight=False)
     return SpectralCodec.fit(clips, num_codebooks=config.codec.num_codebooks, seed=config.seed)
+
+
+def _in_windows(recording: Recording) -> Recording:
+    """A recording nobody has listened to yet, cut into stretches to fit a codec on; a minute in ten of a long one."""
+    step_s = _WINDOW_S if recording.duration_s < 10 * _WINDOW_S else 10 * _WINDOW_S
+    starts = np.arange(0.0, max(recording.duration_s - 1.0, 0.0) + 1e-6, step_s).tolist()
+    turns = [ManifestTurn("", start_s=start_s, end_s=min(start_s + _WINDOW_S, recording.duration_s)) for start_s in starts]
+    return replace(recording, turns=turns)

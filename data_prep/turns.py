@@ -1,7 +1,8 @@
-"""`prep=turns`: recordings whose turns and texts are known become shards, in three stages that can run apart.
+"""`prep=turns`, `prep=conversations`, `prep=offline`: recordings become shards, in stages that can run apart.
 
-`manifest` looks at every file and plans units, `encode` does the units (of one slice), `merge` makes splits of those that are
-done. Everything between stages lies in `<output>/prep`.
+`manifest` looks at every file and plans units; `transcribe`, `segment` and `filter` find out who says what, where that is not known;
+`encode` makes codes and shards of the units (of one slice); `merge` makes splits of those that are done. Everything between
+stages lies in `<output>/prep`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from csm.config import PrepConfig
-from data_prep.engine import Job, locked, read_done, run_units, units_of_slice
+from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
 from data_prep.failures import Failure, Rejected
 from data_prep.inputs import Candidate, Input, probe
 from data_prep.manifest import Recording, manifest_line
 from data_prep.merge import merge, print_summary
 from data_prep.planning import TRAIN, VALIDATION, Unit, plan_units, split_recordings
 from data_prep.shard import write_atomic
+from data_prep.stages import NAMES as LISTENING_STAGES
+from data_prep.stages import Listening
 from data_prep.tools import prepare_codec, prepare_tokenizer
 
-STAGES = ("manifest", "encode", "merge")
+UNIT_STAGES = {"turns": (ENCODE,), "conversations": (*LISTENING_STAGES, ENCODE), "offline": (*LISTENING_STAGES, ENCODE)}
+STAGES = {name: ("manifest", *inner, "merge") for name, inner in UNIT_STAGES.items()}
 PLAN_VERSION = 1
 PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
 
 
 def prepare_turns(config: PrepConfig) -> int:
-    """Run the stages asked for; all three, or without the merge when this is one slice of several.
+    """Run the stages asked for; all of them, or without the merge when this is one slice of several.
 
     Returns:
         0, or 1 when a recording or turn was dropped for a fault of its own, or a unit is not done.
@@ -43,11 +47,12 @@ def prepare_turns(config: PrepConfig) -> int:
         ValueError, FileNotFoundError, FileExistsError: for input that cannot be used.
     """
     if config.input is None:
-        raise ValueError("prep=turns needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
-    stages = config.stages or (STAGES if config.slice_count == 1 else STAGES[:-1])
+        raise ValueError(f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
+    known = STAGES[config.name]
+    stages = config.stages or (known if config.slice_count == 1 else known[:-1])
     torch.set_num_threads(1)  # codes must not depend on how many threads the machine has; num_workers are processes
     console = Console(soft_wrap=True)
-    found = Input.find(Path(config.input))
+    found = Input.find(Path(config.input), with_texts=config.name == "turns")
     output = Path(config.output)
     _check_output(output, found.root)
     status = 0
@@ -56,10 +61,11 @@ def prepare_turns(config: PrepConfig) -> int:
         with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):
             _manifest_stage(config, found, output, wanted, console)
     job, units = _planned(config, found, output)
-    if "encode" in stages:
-        status |= _encode_stage(config, job, units, console)
+    job.stages = tuple(stage for stage in UNIT_STAGES[config.name] if stage in stages)
+    if job.stages:
+        status |= _unit_stages(config, job, units, console)
     if "merge" in stages:
-        summary = merge(job, units)
+        summary = merge(replace(job, stages=(ENCODE,)), units)
         print_summary(summary, output, console)
         status |= int(summary["is_faulty"])
     elif config.slice_count > 1:
@@ -125,6 +131,7 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
         listing.update(line.encode() + b"\n")
     return {
         "plan_version": PLAN_VERSION,
+        "prep": config.name,
         "listing": listing.hexdigest(),
         "seed": config.seed,
         "unit_min": config.unit_min,
@@ -175,6 +182,8 @@ def _planned(config: PrepConfig, found: Input, output: Path) -> tuple[Job, list[
         if plan["settings"][key] != value:
             raise ValueError(f"{output} was planned with {key}={plan['settings'][key]}, this asks for {value}; run stages=[manifest] again")
     job = Job(found.root, output, plan["codec"]["digest"], config.ingest, config.encode, config.license, config.language)
+    if config.name != "turns":
+        job.listening = Listening(config.ingest, config.transcribe, config.diarize, config.segment, config.filter)
     lines = (output / "prep" / UNITS_NAME).read_text(encoding="utf-8").splitlines()
     return job, [Unit(**json.loads(line)) for line in lines]
 
@@ -189,13 +198,13 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not a plan ({error!r}); delete it and run stages=[manifest] again") from error
 
 
-def _encode_stage(config: PrepConfig, job: Job, units: Sequence[Unit], console: Console) -> int:
-    """Do this slice's units that are not done. Returns 1 when one could not be."""
+def _unit_stages(config: PrepConfig, job: Job, units: Sequence[Unit], console: Console) -> int:
+    """Do the stages asked for of this slice's units that are not done. Returns 1 when one could not be."""
     mine = units_of_slice(units, config.slice_index, config.slice_count)
     errors: dict[str, Exception] = {}
     lock = job.work / f"slice-{config.slice_index}-of-{config.slice_count}.lock"
     columns = (
-        TextColumn("encode"),
+        TextColumn(" + ".join(job.stages)),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("units, {task.fields[done_h]:.2f} of {task.fields[total_h]:.2f} h"),

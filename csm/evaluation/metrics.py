@@ -7,26 +7,16 @@ generator keyed by (seed, metric), so a metric's interval does not depend on whi
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import jiwer
 import numpy as np
 
+from csm.listening.transcripts import normalise_transcript
+
 NUM_RESAMPLES = 2000
 RUNAWAY_RATIO = 2.0  # a clip longer than this many times its reference ran away
-_DIGITS = "zero one two three four five six seven eight nine".split()
-
-
-def normalise_transcript(text: str) -> str:
-    """Lower-case words, single spaces, no punctuation, each digit spelt as its own word ("742" -> "seven four two").
-
-    Apostrophes are dropped ("it's" -> "its"). Homophones are not mended: "to" for "two" stays an error.
-    """
-    text = re.sub(r"['\u2019]", "", text.lower())
-    text = re.sub(r"[0-9]", lambda match: f" {_DIGITS[int(match.group())]} ", text)
-    return " ".join(re.findall(r"[^\W_]+", text))
 
 
 @dataclass(frozen=True)

@@ -75,21 +75,35 @@ class SpeakerEncoder(nn.Module):
 
     def embed(self, audio: np.ndarray) -> np.ndarray | None:
         """Embed a clip, 24 kHz float32 [S], as a unit vector float32 [256]; None if there is nothing to hear."""
-        if is_silent(audio):
-            return None
-        clip = trim_silence(resample(audio, RATE_HZ), RATE_HZ)
-        level = 10 * np.log10(np.mean(np.square(clip, dtype=np.float64)))
-        clip = clip * np.float32(10 ** ((LEVEL_DB - level) / 20))
-        clip = np.tile(clip, max(1, math.ceil(SHORTEST_S * RATE_HZ / len(clip))))
-        starts = window_starts(len(clip))
-        hop = RATE_HZ // 100
-        clip = np.pad(clip, (0, max(0, (starts[-1] + WINDOW_FRAMES) * hop - len(clip))))
-        mels = mel_spectrogram(clip, num_mels=NUM_MELS, fft_size=RATE_HZ // 40, hop=hop, rate_hz=RATE_HZ)  # [frames, 40]
-        windows = torch.from_numpy(np.stack([mels[start : start + WINDOW_FRAMES] for start in starts]))
+        return None if is_silent(audio) else self.embed_all([resample(audio, RATE_HZ)])[0]
+
+    def embed_all(self, clips: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+        """Embed clips of 16 kHz, float32 [S] each, together: the windows of all are one batch. A silent one gives None."""
+        windows, counts = [], []
+        for clip in clips:
+            found = [] if is_silent(clip) else _windows(clip)
+            windows += found
+            counts.append(len(found))
+        if not windows:
+            return [None] * len(clips)
         with torch.inference_mode():
-            _, (hidden, _) = self.lstm(windows)
+            _, (hidden, _) = self.lstm(torch.from_numpy(np.stack(windows)))
             embeddings = nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=1)
-        return unit(embeddings.mean(dim=0).numpy())
+        means = [part.mean(dim=0).numpy() if len(part) else None for part in embeddings.split(counts)]
+        return [None if mean is None else unit(mean) for mean in means]
+
+
+def _windows(clip: np.ndarray) -> list[np.ndarray]:
+    """What the network sees of a 16 kHz clip: [160, 40] mels of each 1.6 s, at one level, ends trimmed, short clips repeated."""
+    clip = trim_silence(clip, RATE_HZ)
+    level = 10 * np.log10(np.mean(np.square(clip, dtype=np.float64)))
+    clip = clip * np.float32(10 ** ((LEVEL_DB - level) / 20))
+    clip = np.tile(clip, max(1, math.ceil(SHORTEST_S * RATE_HZ / len(clip))))
+    starts = window_starts(len(clip))
+    hop = RATE_HZ // 100
+    clip = np.pad(clip, (0, max(0, (starts[-1] + WINDOW_FRAMES) * hop - len(clip))))
+    mels = mel_spectrogram(clip, num_mels=NUM_MELS, fft_size=RATE_HZ // 40, hop=hop, rate_hz=RATE_HZ)  # [frames, 40]
+    return [mels[start : start + WINDOW_FRAMES] for start in starts]
 
 
 def window_starts(num_samples: int) -> list[int]:

@@ -1,0 +1,236 @@
+"""Who speaks when: local speakers of overlapping windows, their voices clustered over the whole recording.
+
+The segmentation network says, for windows of five seconds, when each of up to three speakers is active; a speaker encoder
+says what each of them sounds like; average linkage over all windows says which are the same person. Where two overlap, both
+are kept. The scheme is pyannote's (Bredin 2023, "pyannote.audio 2.1 speaker diarization pipeline"), the code is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+
+from csm.config import DiarizeConfig
+from csm.listening.speaker import SpeakerEncoder, unit
+from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, frame_index, frame_time, local_activity
+from data_prep.transcript import NO_SPEAKER, Span, SpeakerSpan, Transcript
+
+_MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
+_EMBED_BATCH = 64
+
+
+@lru_cache(maxsize=1)
+def load_encoder() -> SpeakerEncoder:
+    """The speaker encoder, loaded once a process."""
+    return SpeakerEncoder()
+
+
+class Diarizer:
+    """Finds the speakers of a recording of any length; nothing is drawn at random."""
+
+    def __init__(self, config: DiarizeConfig, device: str = "cpu") -> None:
+        self.config, self.device = config, device
+        self.encoder = load_encoder()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Models by digest: what a result depends on besides the configuration."""
+        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 1}
+
+    def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None) -> list[SpeakerSpan]:
+        """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.
+
+        Args:
+            audio: 16 kHz float32 [S].
+            speech: where to look; None is everywhere.
+        """
+        starts, activity = local_activity(audio, self.device)  # [W], [W, frames, 3]
+        is_active = activity > self.config.onset
+        pieces = self._pieces(audio, starts, is_active)
+        if not pieces:
+            return []
+        labels = self._labels(pieces)
+        num_frames = max(1, frame_index(len(audio) / RATE_HZ) + 1)
+        scores = np.zeros((num_frames, max(labels) + 1), np.float32)
+        for piece, label in zip(pieces, labels, strict=True):
+            first = _first_frame(starts[piece.window])
+            stop = min(num_frames, first + piece.stop)
+            begin = first + piece.first
+            scores[begin:stop, label] += activity[piece.window, piece.first : piece.first + stop - begin, piece.local]
+        count, weight = np.zeros(num_frames, np.float32), np.zeros(num_frames, np.float32)
+        for window, start in enumerate(starts):
+            first = _first_frame(start)
+            stop = min(num_frames, first + activity.shape[1])
+            count[first:stop] += is_active[window, : stop - first].sum(axis=1)
+            weight[first:stop] += 1
+        chosen = _most_active(scores, np.rint(count / np.maximum(weight, 1)).astype(int))
+        spans = [span for speaker in range(scores.shape[1]) for span in self._spans(chosen[:, speaker], speaker)]
+        return _renumbered(spans if speech is None else _clipped(spans, speech))
+
+    def _pieces(self, audio: np.ndarray, starts: np.ndarray, is_active: np.ndarray) -> list[_Piece]:
+        """What each local speaker says in one go, with the voice it is said in; pieces too short to have a voice are left out."""
+        hop = round(FRAME_S * RATE_HZ)
+        is_alone = is_active & (is_active.sum(axis=2, keepdims=True) == 1)
+        pieces: list[_Piece] = []
+        clips: list[np.ndarray] = []
+        for window, start in enumerate(starts):
+            for local in range(is_active.shape[2]):
+                for first, stop in _runs(is_active[window, :, local], round(self.config.split_pause_s / FRAME_S)):
+                    alone = is_alone[window, first:stop, local]
+                    alone_s = float(alone.sum() * FRAME_S)
+                    mask = alone if alone_s >= self.config.min_alone_s else is_active[window, first:stop, local]
+                    clip = audio[start + first * hop : start + stop * hop]
+                    clip = clip[np.repeat(mask, hop)[: len(clip)]]
+                    if len(clip) >= self.config.min_heard_s * RATE_HZ:
+                        pieces.append(_Piece(window, local, first, stop, alone_s))
+                        clips.append(clip)
+        kept = []
+        for begin in range(0, len(clips), _EMBED_BATCH):
+            vectors = self.encoder.embed_all(clips[begin : begin + _EMBED_BATCH])
+            for piece, vector in zip(pieces[begin : begin + _EMBED_BATCH], vectors, strict=True):
+                if vector is not None:
+                    piece.voice = vector
+                    kept.append(piece)
+        return kept
+
+    def _labels(self, pieces: Sequence[_Piece]) -> list[int]:
+        """The speaker of every piece. Pieces that overlap in a window are of different speakers, where there are several."""
+        voices = np.stack([piece.voice for piece in pieces])
+        centroids = self._centroids(*self._clear(voices, np.array([piece.alone_s for piece in pieces])))
+        likeness = voices @ centroids.T  # [N, speakers]
+        labels = [NO_SPEAKER] * len(pieces)
+        window_of: dict[int, list[int]] = {}
+        for index, piece in enumerate(pieces):
+            window_of.setdefault(piece.window, []).append(index)
+        for members in window_of.values():
+            for index in sorted(members, key=lambda member: -pieces[member].alone_s):  # the clearest voice chooses first
+                taken = {labels[other] for other in members if pieces[other].overlaps(pieces[index])}
+                free = [speaker for speaker in range(len(centroids)) if speaker not in taken] or list(range(len(centroids)))
+                labels[index] = max(free, key=lambda speaker: likeness[index, speaker])
+        return labels
+
+    def _clear(self, voices: np.ndarray, alone_s: np.ndarray) -> tuple[np.ndarray, float]:
+        """The voices that tell how many speakers there are, and the distance up to which two are one.
+
+        Where people hardly ever speak long enough, short pieces have to do; a voice varies more from one to the next.
+        """
+        is_clear = alone_s >= self.config.clear_s
+        if is_clear.any() and is_clear.mean() >= self.config.min_clear_share:
+            return voices[is_clear], self.config.threshold
+        is_usable = alone_s >= min(self.config.clear_s / 2, float(alone_s.max()))
+        return voices[is_usable], self.config.short_threshold
+
+    def _centroids(self, voices: np.ndarray, threshold: float) -> np.ndarray:
+        """One unit vector a speaker, [speakers, 256]."""
+        parts = [voices[first : first + _MAX_TOGETHER] for first in range(0, len(voices), _MAX_TOGETHER)]
+        found = [self._clusters(part, threshold) for part in parts]
+        centroids = np.concatenate([centroids for centroids, _ in found])
+        sizes = np.concatenate([sizes for _, sizes in found])
+        if len(parts) > 1:
+            labels = self._cut(centroids, self.config.link_threshold)
+            sums = [(centroids * sizes[:, None])[labels == label].sum(axis=0) for label in np.unique(labels)]
+            sizes = np.array([sizes[labels == label].sum() for label in np.unique(labels)])
+            centroids = np.stack([unit(total) for total in sums])
+        is_large = sizes >= min(self.config.min_windows, -(-len(voices) // 10))
+        return centroids[is_large][: self.config.max_speakers or None]
+
+    def _clusters(self, voices: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """(centroids, sizes) of clusters, the largest first."""
+        labels = self._cut(voices, threshold)
+        names, sizes = np.unique(labels, return_counts=True)
+        order = np.argsort(-sizes, kind="stable")
+        return np.stack([unit(voices[labels == names[index]].mean(axis=0)) for index in order]), sizes[order]
+
+    def _cut(self, voices: np.ndarray, threshold: float) -> np.ndarray:
+        if len(voices) == 1:
+            return np.ones(1, int)
+        tree = linkage(voices.astype(np.float64), method="average", metric="cosine")
+        if self.config.num_speakers:
+            return fcluster(tree, self.config.num_speakers, criterion="maxclust")
+        return fcluster(tree, threshold, criterion="distance")
+
+    def _spans(self, is_chosen: np.ndarray, speaker: int) -> list[SpeakerSpan]:
+        spans: list[SpeakerSpan] = []
+        for first, stop in _runs(is_chosen, round(self.config.fill_gap_s / FRAME_S)):
+            start_s, end_s = float(frame_time(first)) - FRAME_S / 2, float(frame_time(stop)) - FRAME_S / 2
+            spans.append(SpeakerSpan(speaker, max(0.0, start_s), end_s))
+        return spans
+
+
+@dataclass
+class _Piece:
+    """Frames [first, stop) of a local speaker in a window, and the seconds of them in which nobody else speaks."""
+
+    window: int
+    local: int
+    first: int
+    stop: int
+    alone_s: float
+    voice: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def overlaps(self, other: _Piece) -> bool:
+        return self.local != other.local and self.first < other.stop and other.first < self.stop
+
+
+def _first_frame(start: int) -> int:
+    return round(start / RATE_HZ / FRAME_S)
+
+
+def _runs(is_on: np.ndarray, max_gap: int) -> list[tuple[int, int]]:
+    """[first, stop) of what is on, gaps of up to `max_gap` frames filled."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_on.astype(np.int8), [0]]))).reshape(-1, 2)
+    runs: list[tuple[int, int]] = []
+    for first, stop in edges.tolist():
+        if runs and first - runs[-1][1] <= max_gap:
+            runs[-1] = runs[-1][0], stop
+        else:
+            runs.append((first, stop))
+    return runs
+
+
+def _most_active(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The `count` highest scores of each frame, [frames, speakers] bool; none that is 0."""
+    chosen = np.zeros_like(scores, dtype=bool)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    for rank in range(min(scores.shape[1], int(count.max(initial=0)))):
+        frames = np.flatnonzero(count > rank)
+        picked = order[frames, rank]
+        chosen[frames, picked] = scores[frames, picked] > 0
+    return chosen
+
+
+def _clipped(spans: Sequence[SpeakerSpan], speech: Sequence[Span]) -> list[SpeakerSpan]:
+    clipped = []
+    for span in spans:
+        for part in speech:
+            start_s, end_s = max(span.start_s, part.start_s), min(span.end_s, part.end_s)
+            if start_s < end_s:
+                clipped.append(SpeakerSpan(span.speaker, start_s, end_s))
+    return clipped
+
+
+def _renumbered(spans: Sequence[SpeakerSpan]) -> list[SpeakerSpan]:
+    numbers: dict[int, int] = {}
+    ordered = sorted(spans, key=lambda span: (span.start_s, span.end_s, span.speaker))
+    return [SpeakerSpan(numbers.setdefault(span.speaker, len(numbers)), span.start_s, span.end_s) for span in ordered]
+
+
+def assign_speakers(transcript: Transcript) -> None:
+    """Give every word the speaker whose spans cover most of it; where none does, the nearest one's."""
+    spans = transcript.speakers
+    for word in transcript.words:
+        shares: dict[int, float] = {}
+        for span in spans:
+            shared = min(word.end_s, span.end_s) - max(word.start_s, span.start_s)
+            if shared > 0:
+                shares[span.speaker] = shares.get(span.speaker, 0.0) + shared
+        if shares:
+            word.speaker = max(sorted(shares), key=lambda speaker: shares[speaker])
+        elif spans:
+            middle = (word.start_s + word.end_s) / 2
+            word.speaker = min(spans, key=lambda span: max(span.start_s - middle, middle - span.end_s, 0.0)).speaker

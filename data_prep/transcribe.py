@@ -1,0 +1,223 @@
+"""Speech to words: where speech is, what is said there and when each word begins, and which of it is not believed.
+
+Speech is found by the segmentation network, because Whisper makes up words for silence and only a gate before it stops that.
+Stretches of speech are read together in windows of up to 28 s, several at a time. Each recording is read by itself, on
+as many threads as torch has, so a transcript does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from csm.config import TranscribeConfig
+from csm.listening.asr import find_packaged_whisper
+from data_prep.packaged_whisper import find_base
+from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, frame_index, frame_time, local_activity
+from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words
+
+# What Whisper writes for sounds that are no speech: endings of the films and videos that it learnt from.
+_PHRASES = frozenset(
+    "thank you|thanks for watching|thank you for watching|thanks for listening|please subscribe|subscribe to my channel|you|bye|"
+    "subtitles by the amara org community|see you next time|see you in the next video|i'll see you next time|music|applause".split("|")
+)
+_PHRASE_LOG_PROBABILITY = -0.6  # a known phrase that is heard less surely than this is made up
+_PAUSE_S = 0.7  # what is believed or not is what is said between such pauses
+_SHORTEST_WORD_S = 0.04
+_LOUD_SHARE = 0.02  # of the loudest tenth of a second of a recording: quieter "speech" is cross-talk or hiss
+
+
+class Transcriber:
+    """Whisper behind a gate. Deterministic on a CPU."""
+
+    def __init__(self, config: TranscribeConfig, device: str | None = None) -> None:
+        """Load the models.
+
+        Raises:
+            FileNotFoundError: if there is no Whisper; the message says what to install.
+        """
+        self.config, self.device = config, device or config.device
+        self.source = str(find_whisper()) if config.model == "auto" else config.model
+        weights = Path(self.source) / "model.bin"
+        self.digest = _file_digest(str(weights)) if weights.is_file() else self.source
+        self._reader = _FasterWhisperReader(self.source, config, self.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Models by digest, programs by version: what a transcript depends on besides the configuration."""
+        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 1, **self._reader.settings}
+
+    def transcribe(self, audio: np.ndarray) -> Transcript:
+        """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`."""
+        speech = find_speech(audio, self.config, self.device)
+        if not speech:
+            return Transcript()
+        segments, language, probability = self._reader.read(audio, windows_of(speech, self.config))
+        transcript = Transcript(language=language, language_probability=probability, speech=speech)
+        for segment in segments:
+            why = disbelief(segment, self.config)
+            if why is None:
+                transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ))
+            else:
+                transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
+        return transcript
+
+
+class _FasterWhisperReader:
+    def __init__(self, source: str, config: TranscribeConfig, device: str) -> None:
+        from faster_whisper import BatchedInferencePipeline
+
+        self.config = config
+        self.pipeline = BatchedInferencePipeline(_whisper(source, device, config.compute_type))
+        self.settings = {"reader": f"faster-whisper {version('faster-whisper')}, ctranslate2 {version('ctranslate2')}"}
+
+    def read(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[list[Segment], str | None, float]:
+        found, info = self.pipeline.transcribe(
+            audio,
+            language=self.config.language,
+            batch_size=self.config.batch_size,
+            beam_size=1,
+            temperature=0.0,
+            word_timestamps=True,
+            without_timestamps=True,
+            vad_filter=False,
+            clip_timestamps=[{"start": window.start_s, "end": window.end_s} for window in windows],
+            hallucination_silence_threshold=None,
+            condition_on_previous_text=False,
+        )
+        segments = []
+        for entry in found:
+            words = [Word(word.word, float(word.start), float(word.end), float(word.probability)) for word in entry.words or []]
+            segments += [Segment(run, float(entry.no_speech_prob)) for run in runs_of_words(words, _PAUSE_S)]
+        return segments, info.language, float(info.language_probability)
+
+
+def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu") -> list[Span]:
+    """Where anybody speaks in 16 kHz audio, in order, padded, not touching."""
+    if len(audio) == 0:
+        return []
+    starts, activity = local_activity(audio, device)
+    num_frames = max(1, frame_index(len(audio) / RATE_HZ) + 1)
+    total, weight = np.zeros(num_frames), np.zeros(num_frames)
+    for start, window in zip(starts, activity, strict=True):
+        first = round(start / RATE_HZ / FRAME_S)
+        stop = min(num_frames, first + len(window))
+        total[first:stop] += window.max(axis=1)[: stop - first]
+        weight[first:stop] += 1
+    probability = total / np.maximum(weight, 1)
+    spans: list[Span] = []
+    begun: int | None = None
+    for index, value in enumerate([*probability.tolist(), 0.0]):
+        if begun is None and value > config.speech_onset:
+            begun = index
+        elif begun is not None and value < config.speech_offset:
+            spans.append(Span(float(frame_time(begun)) - FRAME_S / 2, float(frame_time(index)) - FRAME_S / 2))
+            begun = None
+    duration_s = len(audio) / RATE_HZ
+    joined: list[Span] = []
+    for span in spans:
+        if joined and span.start_s - joined[-1].end_s <= config.fill_gap_s:
+            joined[-1].end_s = span.end_s
+        else:
+            joined.append(span)
+    loud = [span for span in joined if span.duration_s >= config.min_speech_s and _is_loud(audio, span)]
+    padded = [Span(max(0.0, span.start_s - config.pad_s), min(duration_s, span.end_s + config.pad_s)) for span in loud]
+    for before, after in zip(padded, padded[1:], strict=False):
+        if after.start_s < before.end_s:
+            before.end_s = after.start_s = (before.end_s + after.start_s) / 2
+    return padded
+
+
+def _is_loud(audio: np.ndarray, span: Span) -> bool:
+    return float(np.abs(audio[int(span.start_s * RATE_HZ) : int(span.end_s * RATE_HZ) + 1]).max(initial=0)) > _LOUD_SHARE * float(
+        np.abs(audio).max()
+    )
+
+
+def windows_of(speech: Sequence[Span], config: TranscribeConfig) -> list[Span]:
+    """Stretches of speech joined to windows of at most `max_window_s`, cut in silences; a longer stretch is cut evenly."""
+    windows: list[Span] = []
+    for span in speech:
+        num_parts = int(np.ceil(span.duration_s / config.max_window_s))
+        edges = np.linspace(span.start_s, span.end_s, num_parts + 1)
+        for start_s, end_s in zip(edges, edges[1:], strict=False):
+            if windows and end_s - windows[-1].start_s <= config.max_window_s:
+                windows[-1].end_s = float(end_s)
+            else:
+                windows.append(Span(float(start_s), float(end_s)))
+    return windows
+
+
+def disbelief(segment: Segment, config: TranscribeConfig) -> tuple[str, str] | None:
+    """Why a segment is taken for made up, as (reason, detail); None when it is believed."""
+    text, duration_s = segment.text, max(segment.end_s - segment.start_s, 1e-3)
+    words = _plain(text).split()
+    if not words:
+        return "no_words", f"{text!r}"
+    if compression(text) > config.max_compression:
+        return "repeats", f"compresses {compression(text):.1f} times: {text[:80]!r}"
+    sureness = mean_log_probability(segment.words)
+    unique_share = len(Counter(words)) / len(words)
+    if len(words) >= 10 and unique_share < config.min_unique_share:
+        return "repeats", f"{unique_share:.0%} of its {len(words)} words differ: {text[:80]!r}"
+    if len(text) / duration_s > config.max_characters_per_s:
+        return "too_fast", f"{len(text) / duration_s:.0f} characters a second: {text[:80]!r}"
+    if segment.no_speech > config.max_no_speech and sureness < config.min_log_probability:
+        return "no_speech", f"no speech at {segment.no_speech:.2f}, log-probability {sureness:.2f}: {text[:80]!r}"
+    if _plain(text) in _PHRASES and sureness < _PHRASE_LOG_PROBABILITY:
+        return "known_phrase", f"log-probability {sureness:.2f}: {text[:80]!r}"
+    return None
+
+
+def snapped(segment: Segment, speech: Sequence[Span], duration_s: float) -> Segment:
+    """Words begin where speech does: Whisper lets the first one after a pause begin in the pause. Their ends it hears better.
+
+    None lies outside of the recording.
+    """
+    words = []
+    for word in segment.words:
+        start_s, end_s = word.start_s, word.end_s
+        span = next((span for span in speech if span.start_s < end_s <= span.end_s), None)
+        if span is not None and start_s < span.start_s:
+            start_s = min(span.start_s, max(start_s, end_s - _SHORTEST_WORD_S))
+        start_s = max(0.0, min(start_s, duration_s - _SHORTEST_WORD_S))
+        words.append(Word(word.word, start_s, min(max(end_s, start_s + _SHORTEST_WORD_S), duration_s), word.probability))
+    return Segment(words, segment.no_speech)
+
+
+def find_whisper() -> Path:
+    """The packaged Whisper: `base` where both parts of it are installed, else `tiny.en`.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    return find_base() or find_packaged_whisper()
+
+
+@lru_cache(maxsize=1)
+def _whisper(source: str, device: str, compute_type: str) -> Any:
+    from faster_whisper import WhisperModel
+
+    try:
+        return WhisperModel(source, device=device, compute_type=compute_type, cpu_threads=torch.get_num_threads())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"transcribe.model={source}: no Whisper could be loaded there ({error}); give a folder or a hub id") from error
+
+
+@lru_cache(maxsize=4)
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())

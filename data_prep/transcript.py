@@ -1,0 +1,160 @@
+"""What was heard in a recording: speech, words, speakers. Stages hand it on as JSON, checked as it is read."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data_prep.failures import Rejected
+from data_prep.manifest import check_object
+
+NO_SPEAKER = -1
+
+
+@dataclass
+class Span:
+    """A stretch of a recording, seconds."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass
+class SpeakerSpan:
+    """Where one speaker speaks; spans of two speakers may overlap."""
+
+    speaker: int
+    start_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass
+class Word:
+    """A word as the recogniser writes it, its own punctuation included; `speaker` is -1 until one is assigned."""
+
+    word: str
+    start_s: float
+    end_s: float
+    probability: float
+    speaker: int = NO_SPEAKER
+
+
+@dataclass
+class Segment:
+    """Words without a long pause between them.
+
+    Attributes:
+        no_speech: probability that nothing was said in the window they were read in, by the recogniser.
+    """
+
+    words: list[Word]
+    no_speech: float
+
+    @property
+    def start_s(self) -> float:
+        return self.words[0].start_s
+
+    @property
+    def end_s(self) -> float:
+        return self.words[-1].end_s
+
+    @property
+    def text(self) -> str:
+        return "".join(word.word for word in self.words).strip()
+
+
+@dataclass
+class Dropped:
+    """Text that was heard and not believed, or audio that cannot be used: why, and how much is lost."""
+
+    start_s: float
+    end_s: float
+    reason: str
+    detail: str
+
+
+@dataclass
+class Transcript:
+    """One channel of a recording, or the mix of all (`channel` is None)."""
+
+    channel: int | None = None
+    duration_s: float = 0.0
+    language: str | None = None
+    language_probability: float = 0.0
+    speech: list[Span] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    speakers: list[SpeakerSpan] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[Word]:
+        return [word for segment in self.segments for word in segment.words]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; times and scores rounded to what they are good for."""
+        return _rounded(asdict(self))
+
+
+def runs_of_words(words: Sequence[Word], max_pause_s: float) -> Iterator[list[Word]]:
+    """Words in the order of their starts, cut where a pause is longer."""
+    run: list[Word] = []
+    for word in words:
+        if run and word.start_s - run[-1].end_s > max_pause_s:
+            yield run
+            run = []
+        run.append(word)
+    if run:
+        yield run
+
+
+def mean_log_probability(words: Sequence[Word]) -> float:
+    """How sure the recogniser was of words, nats a word."""
+    return sum(math.log(max(word.probability, 1e-6)) for word in words) / max(1, len(words))
+
+
+def compression(text: str) -> float:
+    """Bytes of a text over its bytes after zlib: above 2.4 it repeats itself (Whisper's own measure and threshold)."""
+    raw = text.encode()
+    return len(raw) / len(zlib.compress(raw)) if raw else 0.0
+
+
+def transcript_from_json(raw: object, what: str) -> Transcript:
+    """The inverse of `Transcript.as_json`.
+
+    Raises:
+        Rejected: "schema", with the key.
+    """
+    values = dict(check_object(raw, Transcript, what))
+    values["speech"] = _objects(values.get("speech"), Span, what)
+    values["dropped"] = _objects(values.get("dropped"), Dropped, what)
+    values["speakers"] = _objects(values.get("speakers"), SpeakerSpan, what)
+    segments = []
+    for entry in values.get("segments") or []:
+        segment = dict(check_object(entry, Segment, f"{what}, a segment"))
+        segments.append(Segment(**{**segment, "words": _objects(segment["words"], Word, what)}))
+    return Transcript(**{**values, "segments": segments})
+
+
+def _objects(raw: object, schema: type, what: str) -> list[Any]:
+    if not isinstance(raw, list):
+        raise Rejected("schema", f"{what}: expected a list of {schema.__name__}, got {type(raw).__name__}")
+    return [schema(**check_object(entry, schema, f"{what}, a {schema.__name__}")) for entry in raw]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value

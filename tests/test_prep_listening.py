@@ -1,0 +1,174 @@
+"""Real models on short sound: where speech is, which words, who says them, how good it sounds."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import soxr
+
+from csm.config import DiarizeConfig, TranscribeConfig
+from csm.listening.asr import find_packaged_whisper
+from data_prep import packaged_whisper, quality, segmentation
+from data_prep.diarize import Diarizer, assign_speakers
+from data_prep.script import VOICES
+from data_prep.synthesis import Synthesizer, random_for
+from data_prep.transcribe import Transcriber, disbelief, find_speech, windows_of
+from data_prep.transcript import Segment, Span, Transcript, Word
+
+LINES = [
+    "please say seven four two",
+    "seven four two nine three",
+    "what is the number",
+    "the number is three three one",
+    "thank you",
+    "you said zero nine eight",
+]
+
+
+@pytest.fixture(scope="module")
+def talk() -> tuple[np.ndarray, list[tuple[float, float, int]]]:
+    """Two people taking turns, 16 kHz, and (start_s, end_s, speaker) of each turn."""
+    synthesizer, parts, truth, position_s = Synthesizer(), [], [], 0.0
+    for index, line in enumerate(LINES):
+        clip = synthesizer.speak(line, VOICES[(0, 3)[index % 2]], random_for(5, "talk", index)).astype(np.float32) / 32_768
+        clip = soxr.resample(clip, 24_000, 16_000)
+        parts += [np.zeros(9_600, np.float32), clip]
+        position_s += 0.6
+        truth.append((position_s, position_s + len(clip) / 16_000, index % 2))
+        position_s = truth[-1][1]
+    audio = np.concatenate([*parts, np.zeros(16_000, np.float32)])
+    return audio + np.random.default_rng(0).normal(0, 3e-4, len(audio)).astype(np.float32), truth
+
+
+@pytest.fixture(scope="module")
+def transcriber() -> Transcriber:
+    return Transcriber(TranscribeConfig(model=str(find_packaged_whisper()), language="en"))
+
+
+def test_speech_is_found_where_it_is(talk):
+    audio, truth = talk
+    spans = find_speech(audio, TranscribeConfig(pad_s=0.0))
+    assert len(spans) == len(truth)
+    for span, (start_s, end_s, _) in zip(spans, truth, strict=True):
+        assert abs(span.start_s - start_s) < 0.2 and abs(span.end_s - end_s) < 0.25
+
+
+def test_words_are_heard_with_the_times_at_which_they_are_said(talk, transcriber):
+    audio, truth = talk
+    transcript = transcriber.transcribe(audio)
+    text = " ".join(word.word.strip().lower() for word in transcript.words)
+    assert "what is the number" in text and "thank you" in text
+    at = next(index for index, word in enumerate(transcript.words) if "thank" in word.word.lower())
+    assert abs(transcript.words[at].start_s - truth[4][0]) < 0.2
+    assert all(before.end_s <= after.start_s + 0.1 for before, after in zip(transcript.words, transcript.words[1:], strict=False))
+
+
+@pytest.mark.parametrize("sound", ["silence", "noise", "tone", "chords"])
+def test_no_word_is_heard_where_nobody_speaks(sound, transcriber):
+    time_s = np.arange(30 * 16_000) / 16_000
+    chords = sum(np.sin(2 * np.pi * hz * time_s) * (0.5 + 0.5 * np.sin(2 * np.pi * 2 * time_s)) for hz in (220, 277.2, 329.6))
+    audio = {
+        "silence": np.zeros(len(time_s)),
+        "noise": np.random.default_rng(0).normal(0, 0.05, len(time_s)),
+        "tone": 0.2 * np.sin(2 * np.pi * 440 * time_s),
+        "chords": 0.1 * chords,
+    }[sound]
+    assert transcriber.transcribe(audio.astype(np.float32)).words == []
+
+
+def test_two_voices_are_two_speakers_and_words_are_given_to_them(talk):
+    audio, truth = talk
+    transcript = Transcript(speakers=Diarizer(DiarizeConfig()).diarize(audio))
+    assert len({span.speaker for span in transcript.speakers}) == 2
+    words = [Word(" x", (start_s + end_s) / 2 - 0.1, (start_s + end_s) / 2 + 0.1, 1.0) for start_s, end_s, _ in truth]
+    transcript.segments = [Segment(words, 0.0)]
+    assign_speakers(transcript)
+    assert [word.speaker for word in words] == [speaker for _, _, speaker in truth]
+
+
+def test_one_voice_is_one_speaker_and_silence_is_nobody(talk):
+    audio, truth = talk
+    alone = np.concatenate([audio[int(start_s * 16_000) : int(end_s * 16_000)] for start_s, end_s, speaker in truth if speaker == 0])
+    assert {span.speaker for span in Diarizer(DiarizeConfig()).diarize(alone)} == {0}
+    assert Diarizer(DiarizeConfig()).diarize(np.zeros(32_000, np.float32)) == []
+
+
+def test_long_recordings_are_clustered_in_parts_that_are_linked(talk, monkeypatch):
+    audio, _ = talk
+    whole = Diarizer(DiarizeConfig()).diarize(np.tile(audio, 3))
+    monkeypatch.setattr("data_prep.diarize._MAX_TOGETHER", 30)
+    parts = Diarizer(DiarizeConfig()).diarize(np.tile(audio, 3))
+    assert [(span.speaker, span.start_s) for span in parts] == [(span.speaker, span.start_s) for span in whole]
+
+
+def segment(text: str, probability: float = 0.9, word_s: float = 0.3, no_speech: float = 0.0) -> Segment:
+    return Segment(
+        [Word(f" {word}", index * word_s, (index + 1) * word_s, probability) for index, word in enumerate(text.split())], no_speech
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (segment("we went there yesterday and it was fine"), None),
+        (segment("thank you"), None),  # surely heard: people do say it
+        (segment("thank you", probability=0.3), "known_phrase"),
+        (segment("Thanks for watching!", probability=0.4), "known_phrase"),
+        (segment("yes no " * 20), "repeats"),
+        (segment("one two one two one two one two one three"), "repeats"),
+        (segment("extraordinarily incomprehensible circumlocutions", word_s=0.1), "too_fast"),
+        (segment("what is it", probability=0.2, no_speech=0.9), "no_speech"),
+        (segment("what is it", probability=0.2, no_speech=0.1), None),
+        (segment("... -"), "no_words"),
+    ],
+)
+def test_what_whisper_makes_up_is_told_from_what_people_say(entry, reason):
+    why = disbelief(entry, TranscribeConfig())
+    assert (why and why[0]) == reason
+
+
+def test_windows_are_cut_in_silences_and_hold_all_speech():
+    speech = [Span(0.0, 10.0), Span(11.0, 20.0), Span(21.0, 35.0), Span(40.0, 110.0)]
+    windows = windows_of(speech, TranscribeConfig(max_window_s=28.0))
+    assert all(window.duration_s <= 28.0 for window in windows)
+    assert windows[0] == Span(0.0, 20.0)
+    assert all(any(window.start_s <= span.start_s < window.end_s for window in windows) for span in speech)
+
+
+def test_whisper_base_is_put_together_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = packaged_whisper.find_base()
+    assert folder is not None and folder.is_relative_to(tmp_path)
+    assert hashlib.sha256((folder / "model.bin").read_bytes()).hexdigest() == packaged_whisper.WEIGHTS_SHA256
+    changed = (folder / "model.bin").stat().st_mtime_ns
+    assert packaged_whisper.find_base() == folder and (folder / "model.bin").stat().st_mtime_ns == changed
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_other_weights_are_refused(tmp_path):
+    wrong = tmp_path / "pytorch_model.bin"
+    wrong.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"expected 0b5b3216d60a2d32"):
+        segmentation.SegmentationNet(wrong)
+
+
+def test_quality_tells_bandwidth_noise_and_clipping(talk):
+    audio = soxr.resample(talk[0], 16_000, 24_000)
+    assert 6_000 < quality.bandwidth_hz(audio) <= 8_200
+    telephone = soxr.resample(soxr.resample(audio, 24_000, 8_000), 8_000, 24_000)
+    assert quality.bandwidth_hz(telephone) < 4_200
+    noise = np.random.default_rng(1).normal(0, 0.02, len(audio)).astype(np.float32)
+    clean, noisy = (
+        quality.turn_quality(clip, 0.0, len(clip) / 24_000, [Span(0.0, 100.0)], quality.noise_level_db(clip))
+        for clip in (audio, audio + noise)
+    )
+    assert clean["snr_db"] > noisy["snr_db"] + 15 and clean["speech_share"] == 1.0
+    assert quality.turn_quality(np.ones(2_400, np.float32), 0.0, 0.1, [], -60.0)["clipping"] == 1.0
+
+
+def test_dnsmos_hears_noise(talk):
+    audio = soxr.resample(talk[0], 16_000, 24_000)
+    noise = np.random.default_rng(1).normal(0, 0.03, len(audio)).astype(np.float32)
+    assert quality.dnsmos(audio, 5.0)["dnsmos"] > quality.dnsmos(audio + noise, 5.0)["dnsmos"] + 0.4
