@@ -403,6 +403,7 @@ class FinetuneConfig(TrainConfig):
     speaker: int = 0  # number that the recordings' voice gets; one the base's tokenizer knows, and speaks with that voice from then on
     renumber_speakers: bool = True  # false keeps the numbers of a manifest; then `speaker` says nothing
     val_share: float = 0.1  # of the recordings, whole ones, to validate on
+    num_phases: int = 1  # copies of what is learnt, each cut a part of a frame later (encode.num_phases of python -m data_prep)
     keep: str | None = None  # folder of shards that the base was good at: how much of it is lost is measured; null is not measured
     evaluate: bool = False  # also do what evaluate.py does, with `keep`'s held-out lines
     export: str | None = None  # "transformers", "csm" or "sesame": also write the result in that layout, to <run>/export
@@ -531,16 +532,20 @@ class FilterConfig:
     """`prep=offline`, `prep=conversations`: which turns are left out. Every measure is in the shards, too: tag now, choose later."""
 
     # Nearly every real meeting turn scores below 3.0 of DNSMOS (measured, docs/data.md), so only what is clearly bad goes.
-    min_dnsmos: float = 2.0  # overall, of a recording: the median of the turns looked at; 0 does not look
-    dnsmos_turns: int = 6  # of a recording, evenly spread, 9 s around each: the network hears three times real time
+    min_dnsmos: float = 2.0  # overall, of a recording (the median of the turns looked at) and of each of these; 0 does not look
+    dnsmos_turns: int = 6  # looked at in a recording, evenly spread, 9 s around each (three times real time); 0 looks at every turn
     min_snr_db: float = 0.0  # speech over the quiet parts of the recording
     min_bandwidth_hz: float = 3_400.0  # below a telephone's
     max_clipping: float = 0.01  # share of a turn's samples at full scale
     min_speech_share: float = 0.2  # of a turn that the voice detection took for speech
+    max_background_db: float = 0.0  # what is no speech around a turn (music, noise) over the turn itself, both as levels
     min_log_probability: float = -1.0  # mean of a turn's words'
     min_words_per_s: float = 0.3
     max_words_per_s: float = 8.0
+    max_characters_per_s: float = 40.0  # nobody speaks faster
+    min_duration_s: float = 0.0  # of a turn that is no listener's noise; 0 keeps short answers, which a conversation is made of
     max_compression: float = 2.4  # text that repeats itself; Whisper's own threshold
+    min_unique_share: float = 0.4  # of the words of a turn of ten and more
     languages: list[str] = field(default_factory=list)  # of recordings; empty takes every language
     min_language_probability: float = 0.5  # of a recording; a model that knows one language is always sure
     max_overlap_share: float = 0.2  # of a turn in mixed channels that others talk over: above, it is context and never learnt
@@ -556,6 +561,8 @@ class EncodeConfig:
     renumber_speakers: bool = True  # speakers of a sample become 0, 1, ... in the order they speak; false keeps the numbers given
     first_speaker: int = 0  # where that count begins
     max_gap_s: float = 8.0  # a longer silence between turns ends a sample: what follows answers something else
+    # copies of a training sample, each cut a part of a frame later: the same speech in other codes, for minutes of a voice
+    num_phases: int = 1
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
     device: str = "cpu"  # of the codec
 
@@ -563,6 +570,7 @@ class EncodeConfig:
         _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")
         _require(self.max_positions > 0, "encode.max_positions", self.max_positions, "a positive number")
         _require(self.max_gap_s > 0, "encode.max_gap_s", self.max_gap_s, "a positive number")
+        _require(1 <= self.num_phases <= 8, "encode.num_phases", self.num_phases, "1 to 8")
         _require(self.first_speaker >= 0, "encode.first_speaker", self.first_speaker, "0 or more")
 
 

@@ -7,7 +7,7 @@ masks; a turn's codes do not depend on its neighbours). A sample is a run of tur
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from csm.codec import Codec
 from csm.config import EncodeConfig
-from csm.frames import SAMPLE_RATE_HZ
+from csm.frames import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from csm.text import TextTokenizer
 from data_prep.failures import Failure, Rejected
 from data_prep.ingest import SILENCE_PEAK, Ingested
@@ -80,10 +80,11 @@ def cut_turns(recording: Recording, ingested: Ingested, config: EncodeConfig) ->
                 f"the recording has {ingested.duration_s:.2f} s",
             )
         last = min(last, num_samples)
-        cut = CutTurn(turn, first, last, overlap=latest is not None and first < latest.last)
-        if latest is not None and first - latest.last > config.max_gap_s * SAMPLE_RATE_HZ:
+        overlaps = latest is not None and first < latest.last
+        cut = CutTurn(turn, first, last, overlap=overlaps or turn.overlap)
+        if turn.follows_gap or (latest is not None and first - latest.last > config.max_gap_s * SAMPLE_RATE_HZ):
             conversation.runs.append([])
-        if latest is not None and cut.overlap:
+        if latest is not None and overlaps:
             latest.overlap = True
         if latest is None or last > latest.last:
             latest = cut
@@ -105,6 +106,18 @@ def _check_length(cut: CutTurn, config: EncodeConfig) -> None:
         raise Rejected("short_turn", f"{cut.duration_s:.3f} s, encode.min_turn_s={config.min_turn_s:g}")
     if cut.duration_s > config.max_turn_s:
         raise Rejected("long_turn", f"{cut.duration_s:.1f} s, encode.max_turn_s={config.max_turn_s:g}; split it where its words are known")
+
+
+def in_phases(conversation: Conversation, num_phases: int) -> Iterator[Conversation]:
+    """The conversation, and copies whose turns begin later by parts of a frame: the frames fall differently on the same speech."""
+    yield conversation
+    for phase in range(1, num_phases):
+        shift = phase * SAMPLES_PER_FRAME // num_phases
+        runs = [
+            [replace(turn, first=turn.first + shift) for turn in run if turn.last - turn.first > 2 * SAMPLES_PER_FRAME]
+            for run in conversation.runs
+        ]
+        yield replace(conversation, runs=[run for run in runs if run], failures=[])
 
 
 def encode_all(conversations: Iterable[Conversation], codec: Codec) -> Iterator[Conversation]:

@@ -33,7 +33,9 @@ class ManifestTurn:
         start_s, end_s: in the recording; None is its beginning, or its end.
         channel: of the recording, from 0, where every speaker has one; None is the mix of all.
         words: `word, start_s, end_s, probability` of each, times in the recording, as a recogniser wrote them.
+        overlap: others talk at the same time, as far as it was heard before turns were chosen.
         backchannel: a short "mm-hmm" while or right after another speaks.
+        follows_gap: what was said before it was left out, so it is no answer to the turn before it here.
         learn: false keeps it as context that no loss is taken of.
         quality: measures by name (docs/data.md).
         emotion: `label` and `probability`.
@@ -46,13 +48,22 @@ class ManifestTurn:
     end_s: float | None = None
     channel: int | None = None
     words: list[dict[str, Any]] = field(default_factory=list)
+    overlap: bool = False
     backchannel: bool = False
+    follows_gap: bool = False
     learn: bool = True
     quality: dict[str, float] = field(default_factory=dict)
     emotion: dict[str, Any] | None = None
 
 
-_OPTIONAL = {"words": [], "backchannel": False, "learn": True, "quality": {}}  # left out of a manifest line where they say nothing
+_OPTIONAL = {
+    "words": [],
+    "overlap": False,
+    "backchannel": False,
+    "follows_gap": False,
+    "learn": True,
+    "quality": {},
+}  # left out of a manifest line where they say nothing
 
 
 @dataclass

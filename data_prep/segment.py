@@ -7,25 +7,31 @@ they are what a conversation model should learn, and so is what is said at the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 
 from csm.config import SegmentConfig
 from csm.listening.transcripts import normalise_transcript
 from data_prep.failures import Rejected
 from data_prep.manifest import ManifestTurn, normalised
-from data_prep.transcript import Transcript, Word, compression, mean_log_probability, runs_of_words
+from data_prep.transcript import Dropped, Transcript, Word, compression, mean_log_probability, runs_of_words
 
 # What listeners say without taking the turn; English, and what Whisper writes for it.
 BACKCHANNELS = frozenset(
     "mhm mmhmm mm hmm hm uhhuh uh huh yeah yep yes ok okay right sure oh ah aha really wow i see exactly true of course".split()
 )
+_ENDS_S = 0.3  # before its end a speaker is heard to be ending: what comes then may be an answer
 _NEAR_S = 0.5  # a listener's noise comes while another speaks, or this shortly after
-_ENDINGS = (".", "?", "!", "…", "。", "？", "！")
+_GOES_ON_S = 1.0  # and the other goes on this soon after it; else it was an answer
+_QUESTIONS = ("?", "？")
+_ENDINGS = (".", "!", "…", "。", "！", *_QUESTIONS)
+_SPACELESS = ("zh", "ja", "th", "lo", "my", "yue")  # Whisper's words are characters there
+_MIN_OVERLAP_S = 0.05  # shared by two turns: less is how exactly words' ends are known
 
 
-def turns_of(transcripts: Sequence[Transcript], config: SegmentConfig) -> list[ManifestTurn]:
-    """The turns of a recording in the order of their starts.
+def turns_of(transcripts: Sequence[Transcript], config: SegmentConfig) -> tuple[list[ManifestTurn], list[Dropped]]:
+    """The turns of a recording in the order of their starts, and what was heard in it that gives none.
 
     Args:
         transcripts: of the mix, or one a channel; then a channel is a speaker.
@@ -33,32 +39,36 @@ def turns_of(transcripts: Sequence[Transcript], config: SegmentConfig) -> list[M
     utterances: list[_Utterance] = []
     for transcript in transcripts:
         utterances += _utterances(transcript, config)
-    utterances.sort(key=lambda utterance: (utterance.start_s, utterance.end_s, utterance.speaker))
+    utterances.sort(key=_Utterance.place)
     for utterance in utterances:
         utterance.backchannel = _is_backchannel(utterance, utterances, config)
-    joined = _joined(utterances, config)
-    parts = [part for utterance in joined for part in _cut(utterance, config)]
-    parts.sort(key=lambda utterance: (utterance.start_s, utterance.end_s, utterance.speaker))
+    parts = [part for utterance in _joined(utterances, config) for part in _cut(utterance, config)]
+    parts.sort(key=_Utterance.place)
+    _mark_overlap(parts, transcripts)
     _pad(parts, max((transcript.duration_s for transcript in transcripts), default=0.0), config)
-    turns = []
+    turns, dropped = [], []
     for part in parts:
         try:
             text = normalised(part.text)
-        except Rejected:  # control characters: no recogniser writes them, but a foreign model may
-            text = ""
+        except Rejected as error:  # control characters: no recogniser writes them, but a foreign model may
+            dropped.append(Dropped(part.start_s, part.end_s, "bad_text", error.detail))
+            continue
         text = normalise_transcript(text) if config.text == "spoken" else text
-        if text:
+        if normalise_transcript(text):
             turns.append(part.turn(text))
-    return turns
+        else:
+            dropped.append(Dropped(part.start_s, part.end_s, "no_words", f"{part.text!r}"))
+    return turns, dropped
 
 
 class _Utterance:
     """Words of one speaker in one go."""
 
-    def __init__(self, words: list[Word], channel: int | None) -> None:
-        self.words, self.channel = words, channel
+    def __init__(self, words: list[Word], channel: int | None, backchannel: bool = False) -> None:
+        self.words, self.channel, self.backchannel = words, channel, backchannel
         self.start_s, self.end_s = words[0].start_s, max(word.end_s for word in words)
-        self.backchannel = False
+        self.overlap_s = 0.0
+        self.heard_s = max(self.end_s - self.start_s, 1e-6)  # without the room that is put around it
 
     @property
     def speaker(self) -> int:
@@ -72,6 +82,9 @@ class _Utterance:
     def duration_s(self) -> float:
         return self.end_s - self.start_s
 
+    def place(self) -> tuple[float, float, int]:
+        return self.start_s, self.end_s, self.speaker
+
     def turn(self, text: str) -> ManifestTurn:
         return ManifestTurn(
             text=text,
@@ -80,32 +93,64 @@ class _Utterance:
             end_s=round(self.end_s, 4),
             channel=self.channel,
             words=[{key: value for key, value in asdict(word).items() if key != "speaker"} for word in self.words],
+            overlap=self.overlap_s >= _MIN_OVERLAP_S,
             backchannel=self.backchannel,
             quality={
                 "asr_log_probability": round(mean_log_probability(self.words), 4),
                 "asr_compression": round(compression(self.text), 4),
+                "overlap_share": round(min(1.0, self.overlap_s / self.heard_s), 4),
             },
         )
 
 
 def _utterances(transcript: Transcript, config: SegmentConfig) -> Iterable[_Utterance]:
     by_speaker: dict[int, list[Word]] = {}
-    for word in transcript.words:
-        by_speaker.setdefault(word.speaker, []).append(word)
+    for segment in transcript.segments:
+        words = segment.words if transcript.language in _SPACELESS else _whole_words(segment.words, config.max_pause_s)
+        for word in words:
+            by_speaker.setdefault(word.speaker, []).append(word)
     for speaker in sorted(by_speaker):
         words = sorted(by_speaker[speaker], key=lambda word: word.start_s)
         yield from (_Utterance(run, transcript.channel) for run in runs_of_words(words, config.max_pause_s))
 
 
+def _whole_words(words: Sequence[Word], max_pause_s: float) -> Iterator[Word]:
+    """Words with what the recogniser wrote behind them without a space (" Mm", "-hmm"), so that spaces between words give the text."""
+    latest: Word | None = None
+    for word in words:
+        if latest is not None and not word.word.startswith(" ") and word.start_s - latest.end_s <= max_pause_s:
+            probability = min(latest.probability, word.probability)
+            latest = replace(latest, word=latest.word + word.word, end_s=max(latest.end_s, word.end_s), probability=probability)
+            continue
+        if latest is not None:
+            yield latest
+        latest = word
+    if latest is not None:
+        yield latest
+
+
 def _is_backchannel(utterance: _Utterance, others: Sequence[_Utterance], config: SegmentConfig) -> bool:
+    """Whether it is a short noise of known form inside of another's longer utterance, or between two of them."""
     words = normalise_transcript(utterance.text.replace("-", "")).split()
     if not 1 <= len(words) <= config.max_backchannel_words or not all(word in BACKCHANNELS for word in words):
         return False
+    for other in others:
+        if other.speaker == utterance.speaker or other.duration_s <= utterance.duration_s or other.start_s > utterance.start_s:
+            continue
+        latest = max((word for word in other.words if word.start_s <= utterance.start_s), key=lambda word: word.start_s)
+        if latest.word.strip().endswith(_QUESTIONS):  # this is the answer
+            continue
+        if utterance.start_s < other.end_s - _ENDS_S:
+            return True
+        if utterance.start_s <= other.end_s + _NEAR_S and _goes_on(other, utterance, others):
+            return True
+    return False
+
+
+def _goes_on(other: _Utterance, noise: _Utterance, utterances: Sequence[_Utterance]) -> bool:
     return any(
-        other.speaker != utterance.speaker
-        and other.duration_s > utterance.duration_s
-        and other.start_s - _NEAR_S <= utterance.start_s <= other.end_s + _NEAR_S
-        for other in others
+        later.speaker == other.speaker and later is not other and other.end_s <= later.start_s <= noise.end_s + _GOES_ON_S
+        for later in utterances
     )
 
 
@@ -126,6 +171,7 @@ def _joined(utterances: Sequence[_Utterance], config: SegmentConfig) -> list[_Ut
         ):
             latest.words += utterance.words
             latest.end_s = max(latest.end_s, utterance.end_s)
+            latest.heard_s = latest.duration_s
             continue
         latest = utterance
         turns.append(utterance)
@@ -149,11 +195,46 @@ def _cut(utterance: _Utterance, config: SegmentConfig) -> list[_Utterance]:
     return [*_cut(first, config), *_cut(rest, config)]
 
 
+def _mark_overlap(parts: Sequence[_Utterance], transcripts: Sequence[Transcript]) -> None:
+    """How much of each turn others talk over: in words, or as the diarizer heard it where no word of theirs was made out."""
+    spoken = [(part.start_s, part.end_s, part.speaker) for part in parts]
+    together = [_together([(span.start_s, span.end_s, span.speaker) for span in transcript.speakers]) for transcript in transcripts]
+    shared = _union(_together(spoken) + [span for spans in together for span in spans])
+    ends = [end_s for _, end_s in shared]
+    for part in parts:
+        for start_s, end_s in shared[bisect_right(ends, part.start_s) :]:
+            if start_s >= part.end_s:
+                break
+            part.overlap_s += min(end_s, part.end_s) - max(start_s, part.start_s)
+
+
+def _together(spans: Sequence[tuple[float, float, int]]) -> list[tuple[float, float]]:
+    """Where spans of different speakers overlap."""
+    shared: list[tuple[float, float]] = []
+    going: list[tuple[float, float, int]] = []
+    for start_s, end_s, speaker in sorted(spans):
+        going = [span for span in going if span[1] > start_s]
+        shared += [(start_s, min(end_s, other[1])) for other in going if other[2] != speaker]
+        going.append((start_s, end_s, speaker))
+    return shared
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    joined: list[tuple[float, float]] = []
+    for start_s, end_s in sorted(spans):
+        if joined and start_s <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end_s)
+        else:
+            joined.append((start_s, end_s))
+    return joined
+
+
 def _pad(parts: Sequence[_Utterance], duration_s: float, config: SegmentConfig) -> None:
     """A little room around every turn, which is nobody else's: half of the pause at most."""
     edges = sorted({edge for part in parts for edge in (part.start_s, part.end_s)})
     for part in parts:
-        before = max((edge for edge in edges if edge < part.start_s), default=0.0)
-        after = min((edge for edge in edges if edge > part.end_s), default=max(duration_s, part.end_s))
+        first, last = bisect_left(edges, part.start_s), bisect_right(edges, part.end_s)
+        before = edges[first - 1] if first else 0.0
+        after = edges[last] if last < len(edges) else max(duration_s, part.end_s)
         part.start_s -= min(config.pad_s, (part.start_s - before) / 2)
         part.end_s += min(config.pad_s, (after - part.end_s) / 2)

@@ -22,6 +22,7 @@ import soxr
 from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
 from csm.frames import SAMPLE_RATE_HZ
 from data_prep import quality
+from data_prep.channels import channels_differ
 from data_prep.decode import read_header
 from data_prep.diarize import Diarizer, assign_speakers
 from data_prep.failures import Failure, Rejected
@@ -32,12 +33,11 @@ from data_prep.segment import turns_of
 from data_prep.segmentation import RATE_HZ
 from data_prep.shard import write_atomic
 from data_prep.transcribe import Transcriber
-from data_prep.transcript import Dropped, Transcript, transcript_from_json
+from data_prep.transcript import Dropped, Transcript, transcript_from_json, unheard
 
-STAGE_VERSION = 1  # raise when the same settings would hear, cut or choose otherwise
+STAGE_VERSION = 2  # raise when the same settings would hear, cut or choose otherwise
 TRANSCRIBE, SEGMENT, FILTER = "transcribe", "segment", "filter"
 NAMES = (TRANSCRIBE, SEGMENT, FILTER)
-_SAME_CHANNELS = 0.85  # correlation above which two channels are one room, not two speakers
 
 
 @dataclass
@@ -185,20 +185,17 @@ def _channels_are_speakers(path: Path, listening: Listening) -> bool:
         return False
     if wanted == "speakers":
         return True
-    audio = ingest(path, listening.ingest, by_channel=True).audio
-    powers = np.mean(np.square(audio, dtype=np.float64), axis=1)
-    if powers.min() <= powers.max() * 1e-6:  # an empty channel beside one that speaks
-        return False
-    return float(np.mean(audio[0] * audio[1], dtype=np.float64) / np.sqrt(powers.prod())) < _SAME_CHANNELS
+    return channels_differ(path)
 
 
 def _segment(row: dict[str, Any], root: Path, listening: Listening) -> dict[str, Any]:
     recording, transcripts = Recording(**row["recording"]), _transcripts(row)
-    turns = turns_of(transcripts, listening.segment)
+    turns, without_words = turns_of(transcripts, listening.segment)
     made = _row(replace(recording, turns=turns))
     made["failures"] = list(row["failures"])
     for transcript in transcripts:
-        made["failures"] += [_dropped(recording, entry) for entry in transcript.dropped]
+        made["failures"] += [_dropped(recording, entry, TRANSCRIBE) for entry in [*transcript.dropped, *unheard(transcript)]]
+    made["failures"] += [_dropped(recording, entry, SEGMENT) for entry in without_words]
     heard = max(transcripts, key=lambda transcript: len(transcript.words), default=Transcript())
     made["language"], made["language_probability"] = heard.language, heard.language_probability
     made["recording"]["language"] = recording.language or heard.language
@@ -216,12 +213,19 @@ def _segment(row: dict[str, Any], root: Path, listening: Listening) -> dict[str,
         line = turn.channel or 0
         clip = _cut(audio[line], turn.start_s, turn.end_s)
         turn.quality |= quality.turn_quality(clip, turn.start_s, turn.end_s, speech[turn.channel], noise[line])
+        turn.quality |= quality.text_quality(turn)
+        background = quality.background_db(audio[line], turn.start_s, turn.end_s, speech[turn.channel])
+        turn.quality |= {} if background is None else {"background_db": background}
+        turn.quality["language_probability"] = round(heard.language_probability, 4)
     if listening.filter.min_dnsmos > 0:
-        looked_at = [turns[index] for index in np.linspace(0, len(turns) - 1, listening.filter.dnsmos_turns).round().astype(int)]
+        num_looked_at = min(listening.filter.dnsmos_turns or len(turns), len(turns))
+        looked_at = [turns[index] for index in np.linspace(0, len(turns) - 1, num_looked_at).round().astype(int)]
         for turn in looked_at:
             if "dnsmos" not in turn.quality:
                 turn.quality |= quality.dnsmos(audio[turn.channel or 0], ((turn.start_s or 0.0) + (turn.end_s or 0.0)) / 2)
         made["dnsmos"] = round(statistics.median(turn.quality["dnsmos"] for turn in looked_at), 3)
+        for turn in turns:
+            turn.quality["dnsmos_recording"] = made["dnsmos"]
     made["recording"] = json.loads(manifest_line(replace(recording, turns=turns, language=made["recording"]["language"])))
     return made
 
@@ -257,9 +261,9 @@ def _transcripts(row: dict[str, Any]) -> list[Transcript]:
     return [transcript_from_json(entry, row["recording"]["source"]) for entry in row["transcripts"]]
 
 
-def _dropped(recording: Recording, entry: Dropped) -> dict[str, Any]:
+def _dropped(recording: Recording, entry: Dropped, stage: str) -> dict[str, Any]:
     why = Rejected(entry.reason, f"at {entry.start_s:.2f} s: {entry.detail}")
-    return Failure.of(recording.source, TRANSCRIBE, why, turn=-1, duration_s=entry.end_s - entry.start_s).row()
+    return Failure.of(recording.source, stage, why, turn=-1, duration_s=entry.end_s - entry.start_s).row()
 
 
 def _cut(audio: np.ndarray, start_s: float, end_s: float) -> np.ndarray:

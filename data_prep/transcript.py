@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from data_prep.failures import Rejected
 from data_prep.manifest import check_object
 
 NO_SPEAKER = -1
+_UNHEARD_S = 1.0  # of speech that no word came of, from which it is reported
+_WORD_ROOM_S = 0.5  # of speech around a word, which is its own
 
 
 @dataclass
@@ -116,6 +119,38 @@ def runs_of_words(words: Sequence[Word], max_pause_s: float) -> Iterator[list[Wo
         run.append(word)
     if run:
         yield run
+
+
+def unheard(transcript: Transcript) -> list[Dropped]:
+    """Speech that no word came of, believed or not, as one entry: laughter, mumbling, what the recogniser passed over."""
+    heard: list[tuple[float, float]] = []  # joined, in order
+    entries: list[Word | Dropped] = [*transcript.words, *transcript.dropped]
+    for entry in sorted(entries, key=lambda entry: entry.start_s):
+        start_s, end_s = entry.start_s - _WORD_ROOM_S, entry.end_s + _WORD_ROOM_S
+        if heard and start_s <= heard[-1][1]:
+            heard[-1] = heard[-1][0], max(heard[-1][1], end_s)
+        else:
+            heard.append((start_s, end_s))
+    stretches: list[Span] = []
+    at = 0
+    for span in transcript.speech:
+        reached_s = span.start_s
+        while at < len(heard) and heard[at][1] <= reached_s:
+            at += 1
+        for start_s, end_s in itertools.islice(heard, at, None):
+            if start_s >= span.end_s:
+                break
+            if start_s > reached_s:
+                stretches.append(Span(reached_s, start_s))
+            reached_s = max(reached_s, end_s)
+        if reached_s < span.end_s:
+            stretches.append(Span(reached_s, span.end_s))
+    total_s = sum(stretch.duration_s for stretch in stretches)
+    if total_s < _UNHEARD_S:
+        return []
+    longest = max(stretches, key=lambda stretch: stretch.duration_s)
+    detail = f"{len(stretches)} stretches of speech without words, {total_s:.1f} s in all; this is the longest, {longest.duration_s:.1f} s"
+    return [Dropped(longest.start_s, longest.start_s + total_s, "unheard", detail)]
 
 
 def mean_log_probability(words: Sequence[Word]) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from csm.config import FilterConfig, SegmentConfig
-from data_prep.filter import apart, refused_recording, refused_turn
+from csm.config import SegmentConfig
+from data_prep import segment
 from data_prep.manifest import ManifestTurn
-from data_prep.segment import turns_of
-from data_prep.transcript import Segment, Transcript, Word, transcript_from_json
+from data_prep.transcript import Dropped, Segment, Span, SpeakerSpan, Transcript, Word, transcript_from_json, unheard
 
 
 def said(text: str, start_s: float, speaker: int, word_s: float = 0.3, pause_s: float = 0.05) -> list[Word]:
@@ -22,6 +21,12 @@ def said(text: str, start_s: float, speaker: int, word_s: float = 0.3, pause_s: 
 def heard(*parts: list[Word], channel: int | None = None, duration_s: float = 120.0) -> Transcript:
     segments = [Segment(part, no_speech=0.0) for part in parts]
     return Transcript(channel=channel, duration_s=duration_s, language="en", language_probability=1.0, segments=segments)
+
+
+def turns_of(transcripts: list[Transcript], config: SegmentConfig) -> list[ManifestTurn]:
+    turns, dropped = segment.turns_of(transcripts, config)
+    assert not dropped
+    return turns
 
 
 def told(turns: list[ManifestTurn]) -> list[tuple[int, str]]:
@@ -47,6 +52,57 @@ def test_a_listeners_noise_is_kept_and_marked_and_does_not_end_the_turn():
 def test_a_short_answer_after_a_question_in_silence_is_no_listeners_noise():
     transcript = heard(said("are you coming with us", 0.0, 0), said("Yes.", 4.0, 1))
     assert not any(turn.backchannel for turn in turns_of([transcript], SegmentConfig()))
+
+
+@pytest.mark.parametrize(
+    ("parts", "marked"),
+    [
+        ([said("are you coming", 0.0, 0), said("Yeah.", 1.2, 1), said("good then we go", 3.5, 0)], []),  # an answer: nobody goes on at once
+        ([said("are you coming?", 0.0, 0), said("Yeah.", 1.2, 1), said("good then we go", 1.7, 0)], []),  # an answer: it was asked
+        ([said("and then he said", 0.0, 0), said("Yeah.", 1.5, 1), said("that we should go", 2.2, 0)], ["Yeah."]),
+        ([said("and then he said that we should go", 0.0, 0), said("Uh-huh.", 0.7, 1)], ["Uh-huh."]),
+        ([said("and then he said that we should go", 0.0, 0), said("to the zoo", 0.7, 1)], []),
+        ([said("Mm-hmm.", 0.0, 0), said("and then he said", 1.0, 1)], []),
+    ],
+)
+def test_a_listeners_noise_is_told_from_an_answer(parts, marked):
+    assert [turn.text for turn in turns_of([heard(*parts)], SegmentConfig()) if turn.backchannel] == marked
+
+
+def test_what_is_said_at_the_same_time_is_marked_in_words_and_as_the_diarizer_heard_it():
+    transcript = heard(said("one two three four", 0.0, 0), said("five six", 1.0, 1), said("seven eight nine", 5.0, 0))
+    transcript.speakers = [SpeakerSpan(0, 5.0, 6.0), SpeakerSpan(1, 5.7, 7.0)]
+    turns = turns_of([transcript], SegmentConfig())
+    assert [(turn.text, turn.overlap) for turn in turns] == [("one two three four", True), ("five six", True), ("seven eight nine", True)]
+    assert [round(turn.quality["overlap_share"], 2) for turn in turns] == [0.26, 0.54, 0.3]
+    alone = turns_of([heard(said("one two", 0.0, 0), said("three", 0.75, 1))], SegmentConfig())
+    assert not any(turn.overlap or turn.quality["overlap_share"] for turn in alone)
+
+
+def test_what_the_recogniser_writes_without_a_space_belongs_to_the_word_before():
+    pieces = [Word(" Mm", 0.0, 0.2, 0.9, 0), Word("-hmm,", 0.2, 0.5, 0.6, 0), Word(" 50", 0.6, 0.8, 0.9, 0), Word("%.", 0.8, 1.0, 0.9, 1)]
+    (turn,) = turns_of([heard(pieces)], SegmentConfig())
+    assert [word["word"] for word in turn.words] == [" Mm-hmm,", " 50%."] and turn.words[0]["probability"] == 0.6
+    assert " ".join(word["word"].strip() for word in turn.words) == turn.text == "Mm-hmm, 50%."
+    characters = heard([Word(character, index * 0.2, index * 0.2 + 0.2, 0.9, 0) for index, character in enumerate("你好吗")])
+    characters.language = "zh"
+    (turn,) = turns_of([characters], SegmentConfig())
+    assert turn.text == "你好吗" and len(turn.words) == 3
+
+
+def test_words_that_are_none_are_told_and_not_lost():
+    turns, dropped = segment.turns_of([heard(said("hello you", 0.0, 0), [Word(" -", 9.0, 9.4, 0.2, 0)])], SegmentConfig())
+    assert told(turns) == [(0, "hello you")] and [(entry.reason, entry.detail) for entry in dropped] == [("no_words", "'-'")]
+
+
+def test_speech_without_words_is_told_with_its_seconds():
+    transcript = heard(said("one two", 1.0, 0))
+    transcript.speech = [Span(0.8, 2.0), Span(10.0, 13.0), Span(20.0, 22.0)]
+    transcript.dropped = [Dropped(20.2, 21.8, "repeats", "")]
+    (entry,) = unheard(transcript)
+    assert (entry.start_s, entry.end_s, entry.reason) == (10.0, 13.0, "unheard")
+    transcript.speech = [Span(0.8, 2.0), Span(5.0, 5.8)]
+    assert unheard(transcript) == []
 
 
 def test_a_long_turn_is_cut_at_the_end_of_a_sentence_and_nothing_is_lost():
@@ -91,59 +147,3 @@ def test_transcripts_survive_json_and_another_schema_is_refused_by_name():
     assert transcript_from_json(transcript.as_json(), "x").as_json() == transcript.as_json()
     with pytest.raises(ValueError, match="unknown key 'sppech'"):
         transcript_from_json({**transcript.as_json(), "sppech": []}, "x")
-
-
-def turn(**changed: object) -> ManifestTurn:
-    quality = {
-        "snr_db": 20.0,
-        "bandwidth_hz": 8000.0,
-        "clipping": 0.0,
-        "speech_share": 0.9,
-        "asr_log_probability": -0.2,
-        "asr_compression": 1.0,
-    }
-    values: dict = dict(text="one two three", speaker=0, start_s=0.0, end_s=1.5, quality=quality)
-    quality |= {key: value for key, value in changed.items() if key in quality}
-    return ManifestTurn(**(values | {key: value for key, value in changed.items() if key not in quality}))
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({}, None),
-        ({"snr_db": -3.0}, "snr_db"),
-        ({"bandwidth_hz": 3000.0}, "bandwidth_hz"),
-        ({"clipping": 0.02}, "clipping"),
-        ({"speech_share": 0.1}, "speech_share"),
-        ({"asr_log_probability": -1.5}, "log_probability"),
-        ({"asr_compression": 3.0}, "compression"),
-        ({"text": " ".join(["word"] * 20)}, "words_per_s"),
-        ({"end_s": 20.0}, "words_per_s"),
-        ({"text": "mm-hmm", "end_s": 5.0, "backchannel": True}, None),
-    ],
-)
-def test_each_threshold_takes_out_what_it_is_for_and_says_so(changed, reason):
-    why = refused_turn(turn(**changed), FilterConfig())
-    assert (why and why.reason) == reason
-
-
-@pytest.mark.parametrize(
-    ("language", "probability", "dnsmos", "reason"),
-    [
-        ("en", 0.9, 3.0, None),
-        ("fr", 0.9, 3.0, "language"),
-        ("en", 0.3, 3.0, "language"),
-        ("en", 0.9, 1.5, "dnsmos"),
-        ("en", 0.9, None, None),
-    ],
-)
-def test_recordings_of_other_languages_or_bad_sound_are_left_out_whole(language, probability, dnsmos, reason):
-    why = refused_recording(language, probability, dnsmos, FilterConfig(languages=["en"]))
-    assert (why and why.reason) == reason
-
-
-def test_what_is_talked_over_in_one_channel_is_context_and_not_learnt():
-    turns = [turn(), turn(speaker=1, start_s=1.0, end_s=1.4), turn(start_s=2.0, end_s=3.5)]
-    assert [kept.learn for _, kept, _ in apart(turns, FilterConfig())] == [False, False, True]
-    by_channel = [turn(channel=0), turn(channel=1, speaker=1, start_s=1.0, end_s=1.4)]
-    assert all(kept.learn for _, kept, _ in apart(by_channel, FilterConfig()))
