@@ -22,31 +22,33 @@ EXAMPLES = (
     "-m data_prep prep=turns input=recordings output=data/mine slice_index=0 slice_count=8   # one of eight; then stages=[merge]",
     "-m data_prep prep=index output=data/mine   # data/mine/<split>/*.tar, data/mine/codec/codec.json",
 )
-_LISTENED = ("manifest", "transcribe", "segment", "filter", "encode", "merge")
-STAGES = {
-    "demo": ("synthesise",),
-    "turns": ("manifest", "encode", "merge"),
-    "conversations": _LISTENED,
-    "offline": _LISTENED,
-    "index": ("index",),
-}
+STAGES = {"demo": ("synthesise",), "index": ("index",)}  # of the others: data_prep.turns
 ALIASES = {"ingest": "manifest", "shard": "merge"}
 
 
 def prepare(config: PrepConfig) -> None:
-    """Run the stages asked for, or all of the named preparation."""
+    """Run the stages asked for, or all of the named preparation.
+
+    Raises:
+        UsageError: for a command that cannot be meant; nothing has been done then.
+    """
+    from csm.cli.hydra_entry import UsageError
+
     config.stages = [ALIASES.get(stage, stage) for stage in config.stages]
-    is_recordings = config.name in ("turns", "conversations", "offline")
-    known = STAGES[config.name] if is_recordings else (*STAGES["demo"], *STAGES["index"])
+    if config.name in ("turns", "conversations", "offline"):
+        from data_prep.turns import check_command, prepare_turns
+
+        try:
+            check_command(config)
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
+            raise UsageError(str(error)) from error
+        sys.exit(prepare_turns(config))
+    known = (*STAGES["demo"], *STAGES["index"])
     unknown = [stage for stage in config.stages if stage not in known]
     if unknown:
-        raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
-    if is_recordings:
-        from data_prep.turns import prepare_turns
-
-        sys.exit(prepare_turns(config))
+        raise UsageError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
     if config.input is not None:
-        raise ValueError(
+        raise UsageError(
             f"input={config.input}: prep={config.name} reads no recordings; add prep=offline, or prep=turns where texts are known"
         )
     for stage in config.stages or STAGES[config.name]:

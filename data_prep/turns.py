@@ -46,15 +46,12 @@ def prepare_turns(config: PrepConfig) -> int:
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for input that cannot be used.
     """
-    if config.input is None:
-        raise ValueError(f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
+    found = check_command(config)
     known = STAGES[config.name]
     stages = config.stages or (known if config.slice_count == 1 else known[:-1])
     torch.set_num_threads(1)  # codes must not depend on how many threads the machine has; num_workers are processes
     console = Console(soft_wrap=True)
-    found = Input.find(Path(config.input), with_texts=config.name == "turns")
     output = Path(config.output)
-    _check_output(output, found.root)
     status = 0
     if "manifest" in stages:
         wanted = _plan_settings(config, found)
@@ -71,6 +68,23 @@ def prepare_turns(config: PrepConfig) -> int:
     elif config.slice_count > 1:
         console.print("when every slice is done: the same command with stages=[merge]", highlight=False, markup=False)
     return status
+
+
+def check_command(config: PrepConfig) -> Input:
+    """What `input=` names, as far as the command alone can be wrong.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: for a stage that there is not, an input that is not there, an output in use.
+    """
+    known = STAGES[config.name]
+    unknown = [stage for stage in config.stages if stage not in known]
+    if unknown:
+        raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
+    if config.input is None:
+        raise ValueError(f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
+    found = Input.find(Path(config.input), with_texts=config.name == "turns")
+    _check_output(Path(config.output), found.root)
+    return found
 
 
 def _check_output(output: Path, root: Path) -> None:

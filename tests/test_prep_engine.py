@@ -387,13 +387,13 @@ def test_command_line_answers_help_and_mistakes(monkeypatch: pytest.MonkeyPatch,
         ("slice_indx=1", "slice_indx: no such key (did you mean slice_index", 2),
         ("slice_index=1", "slice_index=1: expected 0 to 0", 2),
         ("encode.max_turn_s=0.1", "encode.min_turn_s=0.16: expected", 2),
-        ("stages=[transcribe]", "prep=turns has no stage 'transcribe'; there are: manifest, encode, merge", 1),
-        ("input=nowhere", "input=nowhere: nothing there", 1),
+        ("stages=[transcribe]", "prep=turns has no stage 'transcribe'; there are: manifest, encode, merge", 2),
+        ("input=nowhere", "input=nowhere: nothing there", 2),
     ]:
         status, out, err = run("prep=turns", override)
         assert status == expected and not out and words in err and len(err.splitlines()) == 1, err
     status, _, err = run("prep=demo", "input=somewhere")
-    assert status == 1 and "add prep=offline" in err
+    assert status == 2 and "add prep=offline" in err
 
 
 def test_recordings_to_shards_to_training_steps(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
