@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -107,21 +108,85 @@ def test_what_was_dropped_is_named_with_its_stage_and_reason(undisturbed):
     ]
 
 
+def stage_files(output: Path, *stages: str) -> dict[Path, tuple[int, int]]:
+    """Finished files of stages by when and as what they were written: a file that was written anew has another inode."""
+    names = stages or ("transcribe", "segment", "filter", "done")
+    found = [path for name in names for path in (output / "prep" / name).glob("*.json*")]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["transcribe", "segment", "filter", "units"])
-def test_killed_in_a_stage_and_run_again_gives_the_same_bytes_and_redoes_nothing_done(stage, recordings, undisturbed, tmp_path):
-    output = tmp_path / "out"
-    child = subprocess.Popen(command(recordings, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not any((output / "prep" / stage).glob("*")) and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    before = {path: path.stat().st_mtime_ns for path in (output / "prep").glob("*/*.jsonl")}
-    assert before and not (output / "train").exists(), "the kill came too late to say anything"
+def test_killed_in_every_stage_one_after_the_other_gives_the_same_bytes_and_redoes_nothing_done(recordings, undisturbed, tmp_path):
+    """Six runs of one folder, each killed (SIGKILL) as soon as a stage has left something; the seventh ends."""
+    output, kept = tmp_path / "out", {}
+    for stage, first_trace in (
+        ("ingest", "prep/manifest.jsonl"),
+        ("transcribe", "prep/transcribe/*"),
+        ("segment", "prep/segment/*"),
+        ("filter", "prep/filter/*"),
+        ("encode", "prep/units/*"),
+        ("shard", "train*"),
+    ):
+        child = subprocess.Popen(command(recordings, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not any(output.glob(first_trace)) and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, f"the kill in {stage} came too late to say anything"
+        assert kept.items() <= stage_files(output).items(), f"something done was done again before {stage}"
+        kept = stage_files(output)
+        assert stage == "ingest" or any(output.glob(first_trace))
     assert run(recordings, output).returncode == 1
     assert content(output) == content(undisturbed)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert kept.items() <= stage_files(output).items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "is_kept", "is_redone"),
+    [
+        ("diarize.fill_gap_s=0.12", (), ("transcribe",)),
+        ("segment.pad_s=0.05", ("transcribe",), ("segment",)),
+        ("encode.max_positions=1900", ("transcribe", "segment", "filter"), ("done",)),
+    ],
+)
+def test_a_changed_setting_redoes_its_stage_and_what_follows(change, is_kept, is_redone, recordings, undisturbed, tmp_path):
+    one_stage = ["stages=[encode]"] if is_redone == ("done",) else [f"stages=[{is_redone[0]}]"]
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    before = stage_files(output)
+    assert run(recordings, output, change, *one_stage).returncode == 0
+    after = stage_files(output)
+    assert stage_files(output, *is_kept).items() <= before.items() if is_kept else True
+    assert all(after[path] != before[path] for path in stage_files(output, *is_redone))
+
+
+@pytest.mark.slow
+def test_a_plain_webdataset_reader_reads_them(undisturbed):
+    import webdataset
+
+    shards = sorted(str(path) for path in undisturbed.glob("*/*.tar"))
+    read = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    assert sorted(sample["__key__"] for sample in read) == sorted(meta["id"] for meta in samples(undisturbed).values())
+    for sample in read:
+        codes, meta = np.load(io.BytesIO(sample["codes.npy"])), json.loads(sample["json"])
+        assert codes.dtype == np.int16 and codes.shape[1] == meta["turns"][-1]["frames"][1]
+
+
+@pytest.mark.slow
+def test_one_speakers_recordings_are_one_speaker(recordings, tmp_path):
+    root = tmp_path / "anna"
+    root.mkdir()
+    synthesizer = Synthesizer()
+    for number in range(3):
+        clip = synthesizer.speak(LINES[number], VOICES[1], random_for(number, "anna", 0)).astype(np.float32) / 32_768
+        soundfile.write(root / f"{number}.wav", clip, 24_000)
+    done = run(root, tmp_path / "out", "diarize.num_speakers=1", "segment.text=spoken", "encode.first_speaker=2")
+    assert done.returncode == 0, done.stderr
+    found = samples(tmp_path / "out")
+    assert len(found) == 3 and all(turn["speaker"] == 2 for meta in found.values() for turn in meta["turns"])
+    assert all(turn["text"] == turn["text"].lower() for meta in found.values() for turn in meta["turns"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"train", "validation"}
 
 
 @pytest.mark.slow
