@@ -29,11 +29,11 @@ from csm.codec import Codec, codec_from_folder
 from csm.config import EncodeConfig, IngestConfig
 from csm.text import tokenizer_from_folder
 from data_prep import stages
-from data_prep.encode import Conversation, cut_turns, encode_all, samples_of
+from data_prep.encode import Conversation, cut_turns, encode_all, in_phases, samples_of
 from data_prep.failures import Failure, Rejected
 from data_prep.ingest import ingest
 from data_prep.manifest import Recording, file_digest, read_manifest
-from data_prep.planning import Unit
+from data_prep.planning import TRAIN, Unit
 from data_prep.shard import Sample, write_atomic, write_split
 from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
 
@@ -106,7 +106,9 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     counts = {"num_turns": 0, "num_frames": 0, "speech_s": 0.0}
 
     def samples() -> Iterator[Sample]:
-        for conversation in encode_all(_conversations(unit, job, failures, rows), codec):
+        num_phases = job.encode.num_phases if unit.split == TRAIN else 1
+        phases = (copy for whole in _conversations(unit, job, failures, rows) for copy in in_phases(whole, num_phases))
+        for conversation in encode_all(phases, codec):
             for piece in samples_of(conversation, tokenizer, job.encode):
                 if isinstance(piece, Failure):
                     failures.append(piece)

@@ -420,3 +420,16 @@ def test_recordings_to_shards_to_training_steps(recordings: Path, tmp_path: Path
     lines = (tmp_path / "run/metrics.csv").read_text().splitlines()
     assert len(lines) == 5 and "train/loss" in lines[0]
     assert (tmp_path / "run/checkpoints/last.txt").exists() or any((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_phases_are_copies_of_training_samples_cut_a_part_of_a_frame_later(settings: Callable, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert prepare_turns(settings(output, encode=EncodeConfig(num_phases=4))) == 0
+
+    def keys(folder: Path, split: str) -> list[str]:
+        lines = [line for path in sorted((folder / split).glob("*.samples.jsonl")) for line in path.read_text().splitlines()]
+        return [json.loads(line)["key"] for line in lines]
+
+    assert keys(output, "validation") == keys(undisturbed, "validation")
+    digests = [key.split("-")[0] for key in keys(undisturbed, "train")]
+    assert sorted(keys(output, "train")) == sorted(f"{digest}-{start_ms}" for digest in digests for start_ms in (0, 20, 40, 60))

@@ -141,7 +141,7 @@ def _prep_command(config: FinetuneConfig, base: Base, output: Path) -> list[str]
     codec = "mimi" if base.codec_folder is None else base.codec_name
     kind = base.tokenizer.kind
     command = ["-m", "data_prep", "prep=turns", f"input={config.data.path}", f"output={output}", f"seed={config.seed}"]
-    command += [f"val_share={config.val_share}", "split_by=recording"]
+    command += [f"val_share={config.val_share}", "split_by=recording", f"encode.num_phases={config.num_phases}"]
     command += [f"codec={codec}", f"codec.num_codebooks={base.model.num_codebooks}", f"text={kind}"]
     if base.codec_folder is not None:
         command.append(f"codec.source={base.codec_folder}")
