@@ -23,6 +23,8 @@ from csm.data.datamodule import CSMDataModule
 from csm.data.shards import iter_samples
 from csm.frames import Batch
 from csm.model.pretrained import resolve_checkpoint
+from data_prep.script import VOICES
+from data_prep.synthesis import Synthesizer, random_for
 
 
 @pytest.fixture
@@ -139,11 +141,20 @@ def test_recordings_are_prepared_with_the_bases_tools_for_the_asked_speaker(conf
     assert done and done == {path: path.stat().st_mtime_ns for path in written.iterdir()}, "nothing is prepared twice"
 
 
-def test_recordings_without_texts_are_told_that_nobody_transcribes_them(config: FinetuneConfig, recordings: Path) -> None:
-    for path in recordings.glob("*.txt"):
-        path.unlink()
-    with pytest.raises(ValueError, match="transcription is not built yet"):
-        finetune(replace(config, data=replace(config.data, path=str(recordings))))
+@pytest.mark.slow
+def test_recordings_without_texts_are_transcribed_into_words_the_base_knows(config: FinetuneConfig, tmp_path: Path) -> None:
+    folder, synthesizer = tmp_path / "spoken", Synthesizer()
+    folder.mkdir()
+    for index, text in enumerate(
+        ("seven four two", "nine one zero three", "three eight six", "five two two", "one four nine six", "eight zero five")
+    ):
+        soundfile.write(folder / f"{index}.wav", synthesizer.speak(text, VOICES[0], random_for(0, "spoken", index)), 24_000)
+    data = replace(config.data, path=str(folder))
+    run_dir = finetune(replace(config, data=data, speaker=2, val_share=0.3))
+    turns = [turn for split in ("train", "validation") for sample in iter_samples(run_dir / "data" / split) for turn in sample.turns]
+    assert {turn.speaker for turn in turns} == {2}
+    digits = set("zero one two three four five six seven eight nine".split())
+    assert len(turns) >= 4 and all(set(turn.text.split()) <= digits for turn in turns), [turn.text for turn in turns]
 
 
 def test_a_speaker_the_base_does_not_know_is_refused(config: FinetuneConfig, recordings: Path) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and a typo are answer
     from csm.training.stop_request import StopRequest
 
 _ABOUT = (
-    "Fine-tune a checkpoint on recordings with texts, or on shards: a LoRA adapter by default. Recordings are prepared with the "
-    "base's codec and tokenizer, split by recording, learnt until validation gets no better, and measured against the base."
+    "Fine-tune a checkpoint on recordings, with texts or without, or on shards: a LoRA adapter by default. Recordings are prepared with "
+    "the base's codec and tokenizer, split by recording, learnt until validation gets no better, and measured against the base."
 )
 _EXAMPLES = (
     "finetune.py base=sesame/csm-1b data=recordings   # wavs, a .txt beside each; or a metadata.csv, or a manifest.jsonl",
@@ -103,7 +103,6 @@ def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
         if config.speaker or not config.renumber_speakers:
             raise ValueError(f"speaker={config.speaker}: {place} holds shards, which have their speakers already; leave it out")
         return place
-    _refuse_without_texts(Path(place))
     try:
         base.tokenizer.encode_turn(config.speaker, "")
     except ValueError as error:
@@ -125,22 +124,25 @@ def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
     return str(output)
 
 
-def _refuse_without_texts(place: Path) -> None:
-    if place.is_file() or (place / "manifest.jsonl").is_file() or (place / "metadata.csv").is_file() or any(place.rglob("*.txt")):
-        return
-    raise ValueError(
-        f"data={place}: no texts there, and transcription is not built yet; put a .txt of the same name beside each recording, or give a "
-        "metadata.csv (id|text) or a manifest.jsonl (docs/data.md)"
-    )
+def _has_texts(place: Path) -> bool:
+    """Whether the recordings say what is said in them; otherwise they are transcribed."""
+    return place.is_file() or (place / "manifest.jsonl").is_file() or (place / "metadata.csv").is_file() or any(place.rglob("*.txt"))
 
 
 def _prep_command(config: FinetuneConfig, base: Base, output: Path) -> list[str]:
-    """Arguments of Python that prepare the recordings with the base's codec and tokenizer."""
+    """Arguments of Python that prepare the recordings, transcribed where they bring no texts, with the base's codec and tokenizer."""
     from csm.text import FILE_NAME
 
     codec = "mimi" if base.codec_folder is None else base.codec_name
     kind = base.tokenizer.kind
-    command = ["-m", "data_prep", "prep=turns", f"input={config.data.path}", f"output={output}", f"seed={config.seed}"]
+    has_texts = _has_texts(Path(config.data.path))
+    command = ["-m", "data_prep", f"prep={'turns' if has_texts else 'offline'}", f"input={config.data.path}", f"output={output}"]
+    command.append(f"seed={config.seed}")
+    if not has_texts:
+        if config.renumber_speakers:  # one voice: nobody else is looked for
+            command.append("diarize.num_speakers=1")
+        if kind == "words":  # it knows words as they are said, not "742."
+            command.append("segment.text=spoken")
     command += [f"val_share={config.val_share}", "split_by=recording", f"encode.num_phases={config.num_phases}"]
     command += [f"codec={codec}", f"codec.num_codebooks={base.model.num_codebooks}", f"text={kind}"]
     if base.codec_folder is not None:
