@@ -8,6 +8,7 @@ that chose otherwise, the codes, but no transcript.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -42,23 +43,52 @@ NAMES = (TRANSCRIBE, SEGMENT, FILTER)
 
 @dataclass
 class Listening:
-    """What the stages do; plain values, for workers get them by pickle."""
+    """What the stages do; plain values, for workers get them by pickle.
+
+    Attributes:
+        models: what `models_used` gave; None asks the models, which loads them.
+    """
 
     ingest: IngestConfig
     transcribe: TranscribeConfig
     diarize: DiarizeConfig
     segment: SegmentConfig
     filter: FilterConfig
+    models: dict[str, Any] | None = None
+
+    def models_used(self) -> dict[str, Any]:
+        """Models by digest, programs by version."""
+        if self.models is None:
+            self.models = {
+                "transcriber": _transcriber(self.transcribe).settings,
+                "diarizer": _diarizer(self.diarize, self.transcribe.device).settings,
+            }
+        return self.models
 
     def settings(self, stage: str) -> dict[str, Any]:
         """What a stage's lines depend on besides its input. Where it runs is left out: it is no choice of data."""
         if stage == TRANSCRIBE:
-            heard = {key: value for key, value in asdict(self.transcribe).items() if key != "device"}
-            models = {"transcriber": _transcriber(self.transcribe).settings, "diarizer": _diarizer(self.diarize, "cpu").settings}
-            return {"ingest": asdict(self.ingest), "transcribe": heard, "diarize": asdict(self.diarize), **models}
+            return {"ingest": asdict(self.ingest), **self._heard_by(), **self.models_used()}
         if stage == SEGMENT:
             return {"ingest": asdict(self.ingest), "segment": asdict(self.segment), "dnsmos": self._dnsmos()}
         return {"filter": asdict(self.filter)}
+
+    def _heard_by(self) -> dict[str, Any]:
+        transcribe = {key: value for key, value in asdict(self.transcribe).items() if key != "device"}
+        return {"transcribe": transcribe, "diarize": asdict(self.diarize)}
+
+    def remember_models(self, path: Path) -> None:
+        """Write down which models listened, for steps that only read what they heard: a merge needs no GPU."""
+        told = (json.dumps({**self._heard_by(), "models": self.models_used()}, indent=1) + "\n").encode()
+        if not path.is_file() or path.read_bytes() != told:
+            write_atomic(path, told)
+
+    def recall_models(self, path: Path) -> None:
+        """Take the models from there, where they were asked for by the same settings; else they are asked for themselves."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if {key: told[key] for key in ("transcribe", "diarize")} == self._heard_by():
+                self.models = dict(told["models"])
 
     def _dnsmos(self) -> list[Any]:
         return [quality.DNSMOS_SHA256, self.filter.dnsmos_turns] if self.filter.min_dnsmos > 0 else []

@@ -29,13 +29,14 @@ from data_prep.merge import merge, print_summary
 from data_prep.planning import TRAIN, VALIDATION, Unit, plan_units, split_recordings
 from data_prep.shard import write_atomic
 from data_prep.stages import NAMES as LISTENING_STAGES
-from data_prep.stages import Listening
+from data_prep.stages import TRANSCRIBE, Listening
 from data_prep.tools import prepare_codec, prepare_tokenizer
 
 UNIT_STAGES = {"turns": (ENCODE,), "conversations": (*LISTENING_STAGES, ENCODE), "offline": (*LISTENING_STAGES, ENCODE)}
 STAGES = {name: ("manifest", *inner, "merge") for name, inner in UNIT_STAGES.items()}
 PLAN_VERSION = 1
 PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
+MODELS_NAME = "models.json"
 
 
 def prepare_turns(config: PrepConfig) -> int:
@@ -59,6 +60,11 @@ def prepare_turns(config: PrepConfig) -> int:
             _manifest_stage(config, found, output, wanted, console)
     job, units = _planned(config, found, output)
     job.stages = tuple(stage for stage in UNIT_STAGES[config.name] if stage in stages)
+    if job.listening is not None:
+        if TRANSCRIBE in job.stages:
+            job.listening.remember_models(job.work / MODELS_NAME)
+        else:
+            job.listening.recall_models(job.work / MODELS_NAME)
     if job.stages:
         status |= _unit_stages(config, job, units, console)
     if "merge" in stages:
