@@ -131,7 +131,7 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
         "shards": index["shards"],
         "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
         "keys": keys,
-        "counts": {**counts, "speech_s": round(counts["speech_s"], 3)},
+        "counts": {**counts, "speech_s": round(counts["speech_s"], 3), "heard_s": round(sum(row["heard_s"] for row in rows or ()), 3)},
         "failures": [failure.row() for failure in sorted(failures)],
     }
     write_atomic(done, (json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -112,12 +112,13 @@ def _link(source: Path, target: Path) -> None:
 def _summary(plan: dict[str, Any], done: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]], num_missing: int) -> dict[str, Any]:
     splits: dict[str, dict[str, Any]] = {}
     for record in done:
-        counts = splits.setdefault(record["split"], {"units": 0, "samples": 0, "turns": 0, "frames": 0, "speech_s": 0.0})
+        counts = splits.setdefault(record["split"], {"units": 0, "samples": 0, "turns": 0, "frames": 0, "speech_s": 0.0, "heard_s": 0.0})
         counts["units"] += 1
         counts["samples"] += len(record["keys"])
         counts["turns"] += record["counts"]["num_turns"]
         counts["frames"] += record["counts"]["num_frames"]
-        counts["speech_s"] = round(counts["speech_s"] + record["counts"]["speech_s"], 3)
+        for key in ("speech_s", "heard_s"):
+            counts[key] = round(counts[key] + record["counts"].get(key, 0.0), 3)
     reasons = Counter(f"{row['stage']}: {row['reason']}" for row in failures)
     seconds: dict[str, float] = {}
     for row in failures:
@@ -153,6 +154,12 @@ def print_summary(summary: dict[str, Any], output: Path, console: Console) -> No
         for why, counts in summary["dropped"].items():
             dropped.add_row(why, f"{counts['count']:,}", f"{counts['duration_s'] / 60:.2f}")
         console.print(dropped)
+    heard_h, kept_h = (sum(counts[key] for counts in summary["splits"].values()) / 3600 for key in ("heard_s", "speech_s"))
+    if heard_h:  # turns have some room around their words
+        told = (
+            f"{summary['recordings_s'] / 3600:.3f} h of recordings, {heard_h:.3f} h of them speech; turns of {kept_h:.3f} h in the shards"
+        )
+        console.print(told, highlight=False)
     if summary["units_not_done"]:
         console.print(f"{summary['units_not_done']} units are not done and not in it; run the same command again", style="red")
     console.print(f"train: {train_command(summary, output)}", highlight=False, markup=False)

@@ -34,9 +34,9 @@ from data_prep.segment import turns_of
 from data_prep.segmentation import RATE_HZ
 from data_prep.shard import write_atomic
 from data_prep.transcribe import Transcriber
-from data_prep.transcript import Dropped, Transcript, transcript_from_json, unheard
+from data_prep.transcript import Dropped, SpeakerSpan, Transcript, transcript_from_json, unheard
 
-STAGE_VERSION = 2  # raise when the same settings would hear, cut or choose otherwise
+STAGE_VERSION = 3  # raise when the same settings would hear, cut or choose otherwise
 TRANSCRIBE, SEGMENT, FILTER = "transcribe", "segment", "filter"
 NAMES = (TRANSCRIBE, SEGMENT, FILTER)
 
@@ -197,6 +197,9 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
             transcript.channel = channel
             for word in transcript.words:
                 word.speaker = channel
+        elif listening.diarize.num_speakers == 1:
+            transcript.speakers = [SpeakerSpan(0, span.start_s, span.end_s) for span in transcript.speech]
+            assign_speakers(transcript)
         elif transcript.words:
             transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(heard, transcript.speech)
             assign_speakers(transcript)
@@ -222,6 +225,7 @@ def _segment(row: dict[str, Any], root: Path, listening: Listening) -> dict[str,
     recording, transcripts = Recording(**row["recording"]), _transcripts(row)
     turns, without_words = turns_of(transcripts, listening.segment)
     made = _row(replace(recording, turns=turns))
+    made["heard_s"] = round(sum(span.duration_s for transcript in transcripts for span in transcript.speech), 3)
     made["failures"] = list(row["failures"])
     for transcript in transcripts:
         made["failures"] += [_dropped(recording, entry, TRANSCRIBE) for entry in [*transcript.dropped, *unheard(transcript)]]
@@ -265,6 +269,7 @@ def _filter(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     turns = check_turns(values.get("turns", []), values["source"], may_be_empty=True)
     recording = Recording(**{**values, "turns": turns})
     made = _row(replace(recording, turns=[]))
+    made["heard_s"] = row["heard_s"]
     made["failures"] = list(row["failures"])
     if not turns:
         return made
