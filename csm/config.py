@@ -461,10 +461,15 @@ class TranscribeConfig:
     """`prep=offline`, `prep=conversations`: who listens, and what is not believed."""
 
     model: str = "auto"  # folder of a CTranslate2 Whisper, a hub id, or "auto": the packaged base, else the packaged tiny.en
+    reader: str = "faster-whisper"  # runs Whisper; "whisperx" needs the prep environment (make prep-env)
+    # times words for whisperx: "auto" is its wav2vec2 of the language where that is at hand or can be had, else as "whisper", Whisper's
+    # attention; or a folder or hub id
+    aligner: str = "auto"
     language: str | None = None  # "en", ...; null asks the model, which an English-only one answers with en
     device: str = "cpu"
     compute_type: str = "int8"  # of CTranslate2: "int8", "float16" on a GPU, "float32"
     batch_size: int = 8  # windows of speech read together
+    beam_size: int = 1  # hypotheses kept by Whisper; 1 is greedy
     speech_onset: float = 0.4  # probability of speech above which a stretch begins
     speech_offset: float = 0.3  # below which it ends
     min_speech_s: float = 0.1  # shorter stretches are no speech
@@ -479,17 +484,22 @@ class TranscribeConfig:
     min_unique_share: float = 0.4  # of the words of a segment of ten and more
 
     def __post_init__(self) -> None:
+        _one_of("transcribe.reader", self.reader, ("faster-whisper", "whisperx"))
         _require(
             0 < self.speech_offset <= self.speech_onset < 1, "transcribe.speech_offset", self.speech_offset, "above 0, at most speech_onset"
         )
         _require(0 < self.max_window_s <= 30, "transcribe.max_window_s", self.max_window_s, "at most 30 seconds")
         _require(self.batch_size > 0, "transcribe.batch_size", self.batch_size, "a positive number")
+        _require(self.beam_size > 0, "transcribe.beam_size", self.beam_size, "a positive number")
 
 
 @dataclass
 class DiarizeConfig:
     """`prep=offline`, `prep=conversations`: who speaks when."""
 
+    # "ours" is in this tree; "pyannote" is its hub pipeline by WhisperX (prep environment), and ours where its weights cannot be had
+    pipeline: str = "ours"
+    source: str = "pyannote/speaker-diarization-community-1"  # of pyannote's pipeline: hub id (HF_TOKEN and its licence) or folder
     channels: str = "auto"  # of two-channel files: "speakers" are kept apart, "mix" averages them; "auto" looks whether they differ
     num_speakers: int = 0  # of every recording; 0 finds out
     max_speakers: int = 0  # 0 is no limit
@@ -506,6 +516,7 @@ class DiarizeConfig:
     fill_gap_s: float = 0.1  # shorter pauses are part of what is around them
 
     def __post_init__(self) -> None:
+        _one_of("diarize.pipeline", self.pipeline, ("ours", "pyannote"))
         _one_of("diarize.channels", self.channels, ("auto", "speakers", "mix"))
         _require(0 < self.threshold < 2, "diarize.threshold", self.threshold, "a cosine distance in (0, 2)")
         _require(self.num_speakers >= 0, "diarize.num_speakers", self.num_speakers, "0 or more")

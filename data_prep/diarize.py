@@ -30,6 +30,19 @@ def load_encoder() -> SpeakerEncoder:
     return SpeakerEncoder()
 
 
+def load_diarizer(config: DiarizeConfig, device: str = "cpu") -> Diarizer:
+    """The diarizer that `config.pipeline` names.
+
+    Raises:
+        ImportError: if it is pyannote's, outside of the prep environment.
+    """
+    if config.pipeline == "pyannote":
+        from data_prep.pyannote_diarizer import load
+
+        return load(config, device)
+    return Diarizer(config, device)
+
+
 class Diarizer:
     """Finds the speakers of a recording of any length; nothing is drawn at random."""
 
@@ -70,14 +83,24 @@ class Diarizer:
             weight[first:stop] += 1
         chosen = _most_active(scores, np.rint(count / np.maximum(weight, 1)).astype(int))
         spans = [span for speaker in range(scores.shape[1]) for span in self._spans(chosen[:, speaker], speaker)]
-        return _renumbered(spans if speech is None else _clipped(spans, speech))
+        return renumbered(spans if speech is None else clipped(spans, speech))
 
     def _pieces(self, audio: np.ndarray, starts: np.ndarray, is_active: np.ndarray) -> list[_Piece]:
         """What each local speaker says in one go, with the voice it is said in; pieces too short to have a voice are left out."""
         hop = round(FRAME_S * RATE_HZ)
         is_alone = is_active & (is_active.sum(axis=2, keepdims=True) == 1)
-        pieces: list[_Piece] = []
+        kept: list[_Piece] = []
+        pieces: list[_Piece] = []  # of the batch to come, and their clips: windows overlap five times, so all clips would be hours
         clips: list[np.ndarray] = []
+
+        def hear() -> None:
+            for piece, vector in zip(pieces, self.encoder.embed_all(clips), strict=True):
+                if vector is not None:
+                    piece.voice = vector
+                    kept.append(piece)
+            pieces.clear()
+            clips.clear()
+
         for window, start in enumerate(starts):
             for local in range(is_active.shape[2]):
                 for first, stop in _runs(is_active[window, :, local], round(self.config.split_pause_s / FRAME_S)):
@@ -89,13 +112,9 @@ class Diarizer:
                     if len(clip) >= self.config.min_heard_s * RATE_HZ:
                         pieces.append(_Piece(window, local, first, stop, alone_s))
                         clips.append(clip)
-        kept = []
-        for begin in range(0, len(clips), _EMBED_BATCH):
-            vectors = self.encoder.embed_all(clips[begin : begin + _EMBED_BATCH])
-            for piece, vector in zip(pieces[begin : begin + _EMBED_BATCH], vectors, strict=True):
-                if vector is not None:
-                    piece.voice = vector
-                    kept.append(piece)
+                        if len(clips) == _EMBED_BATCH:
+                            hear()
+        hear()
         return kept
 
     def _labels(self, pieces: Sequence[_Piece]) -> list[int]:
@@ -204,7 +223,7 @@ def _most_active(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _clipped(spans: Sequence[SpeakerSpan], speech: Sequence[Span]) -> list[SpeakerSpan]:
+def clipped(spans: Sequence[SpeakerSpan], speech: Sequence[Span]) -> list[SpeakerSpan]:
     clipped = []
     for span in spans:
         for part in speech:
@@ -214,7 +233,7 @@ def _clipped(spans: Sequence[SpeakerSpan], speech: Sequence[Span]) -> list[Speak
     return clipped
 
 
-def _renumbered(spans: Sequence[SpeakerSpan]) -> list[SpeakerSpan]:
+def renumbered(spans: Sequence[SpeakerSpan]) -> list[SpeakerSpan]:
     numbers: dict[int, int] = {}
     ordered = sorted(spans, key=lambda span: (span.start_s, span.end_s, span.speaker))
     return [SpeakerSpan(numbers.setdefault(span.speaker, len(numbers)), span.start_s, span.end_s) for span in ordered]

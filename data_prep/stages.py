@@ -25,7 +25,7 @@ from csm.frames import SAMPLE_RATE_HZ
 from data_prep import quality
 from data_prep.channels import channels_differ
 from data_prep.decode import read_header
-from data_prep.diarize import Diarizer, assign_speakers
+from data_prep.diarize import Diarizer, assign_speakers, load_diarizer
 from data_prep.failures import Failure, Rejected
 from data_prep.filter import apart, refused_recording
 from data_prep.ingest import ingest
@@ -36,7 +36,7 @@ from data_prep.shard import write_atomic
 from data_prep.transcribe import Transcriber
 from data_prep.transcript import Dropped, SpeakerSpan, Transcript, transcript_from_json, unheard
 
-STAGE_VERSION = 3  # raise when the same settings would hear, cut or choose otherwise
+STAGE_VERSION = 4  # raise when the same settings would hear, cut or choose otherwise
 TRANSCRIBE, SEGMENT, FILTER = "transcribe", "segment", "filter"
 NAMES = (TRANSCRIBE, SEGMENT, FILTER)
 
@@ -317,7 +317,7 @@ def _transcriber(config: TranscribeConfig) -> Transcriber:
 
 
 def _diarizer(config: DiarizeConfig, device: str) -> Diarizer:
-    return _loaded("diarizer", (config, device), lambda: Diarizer(config, device))
+    return _loaded("diarizer", (config, device), lambda: load_diarizer(config, device))
 
 
 def _loaded(name: str, key: Any, load: Callable[[], Any]) -> Any:

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from csm.config import TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
+from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
 from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, frame_index, frame_time, local_activity
 from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words
@@ -31,6 +32,8 @@ _PHRASES = frozenset(
     "subtitles by the amara org community|see you next time|see you in the next video|i'll see you next time|music|applause".split("|")
 )
 _PHRASE_LOG_PROBABILITY = -0.6  # a known phrase that is heard less surely than this is made up
+# Whisper's attention puts words too early, each model by its own; of the packaged base, against times known from a synthesiser.
+_EARLY_S = {BASE_SHA256: 0.09}
 _PAUSE_S = 0.7  # what is believed or not is what is said between such pauses
 _SHORTEST_WORD_S = 0.04
 _LOUD_SHARE = 0.02  # of the loudest tenth of a second of a recording: quieter "speech" is cross-talk or hiss
@@ -49,12 +52,12 @@ class Transcriber:
         self.source = str(find_whisper()) if config.model == "auto" else config.model
         weights = Path(self.source) / "model.bin"
         self.digest = _file_digest(str(weights)) if weights.is_file() else self.source
-        self._reader = _FasterWhisperReader(self.source, config, self.device)
+        self._reader = _reader(self.source, config, self.device)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 1, **self._reader.settings}
+        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 2, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`."""
@@ -62,17 +65,36 @@ class Transcriber:
         if not speech:
             return Transcript()
         segments, language, probability = self._reader.read(audio, windows_of(speech, self.config))
+        early_s = _EARLY_S.get(self.digest, 0.0) if self._reader.times_by_attention else 0.0
         transcript = Transcript(language=language, language_probability=probability, speech=speech)
         for segment in segments:
             why = disbelief(segment, self.config)
             if why is None:
-                transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ))
+                transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ, early_s))
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
         return transcript
 
 
+class _Reader(Protocol):
+    settings: dict[str, Any]
+    times_by_attention: bool  # Whisper's, not an aligner's
+
+    def read(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[list[Segment], str | None, float]:
+        """(what is said in the windows, language, its probability)."""
+
+
+def _reader(source: str, config: TranscribeConfig, device: str) -> _Reader:
+    if config.reader == "whisperx":
+        from data_prep.whisperx_reader import WhisperXReader
+
+        return WhisperXReader(source, config, device, _PAUSE_S)
+    return _FasterWhisperReader(source, config, device)
+
+
 class _FasterWhisperReader:
+    times_by_attention = True
+
     def __init__(self, source: str, config: TranscribeConfig, device: str) -> None:
         from faster_whisper import BatchedInferencePipeline
 
@@ -85,7 +107,7 @@ class _FasterWhisperReader:
             audio,
             language=self.config.language,
             batch_size=self.config.batch_size,
-            beam_size=1,
+            beam_size=self.config.beam_size,
             temperature=0.0,
             word_timestamps=True,
             without_timestamps=True,
@@ -178,14 +200,17 @@ def disbelief(segment: Segment, config: TranscribeConfig) -> tuple[str, str] | N
     return None
 
 
-def snapped(segment: Segment, speech: Sequence[Span], duration_s: float) -> Segment:
+def snapped(segment: Segment, speech: Sequence[Span], duration_s: float, early_s: float = 0.0) -> Segment:
     """Words begin where speech does: Whisper lets the first one after a pause begin in the pause. Their ends it hears better.
 
     None lies outside of the recording.
+
+    Args:
+        early_s: by which starts are too early throughout.
     """
     words = []
     for word in segment.words:
-        start_s, end_s = word.start_s, word.end_s
+        start_s, end_s = max(word.start_s, min(word.start_s + early_s, word.end_s - _SHORTEST_WORD_S)), word.end_s
         span = next((span for span in speech if span.start_s < end_s <= span.end_s), None)
         if span is not None and start_s < span.start_s:
             start_s = min(span.start_s, max(start_s, end_s - _SHORTEST_WORD_S))
