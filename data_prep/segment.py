@@ -42,9 +42,10 @@ def turns_of(transcripts: Sequence[Transcript], config: SegmentConfig) -> tuple[
     utterances.sort(key=_Utterance.place)
     for utterance in utterances:
         utterance.backchannel = _is_backchannel(utterance, utterances, config)
+    spoken = [utterance.place() for utterance in utterances]
     parts = [part for utterance in _joined(utterances, config) for part in _cut(utterance, config)]
     parts.sort(key=_Utterance.place)
-    _mark_overlap(parts, transcripts)
+    _mark_overlap(parts, spoken, transcripts)
     _pad(parts, max((transcript.duration_s for transcript in transcripts), default=0.0), config)
     turns, dropped = [], []
     for part in parts:
@@ -195,14 +196,19 @@ def _cut(utterance: _Utterance, config: SegmentConfig) -> list[_Utterance]:
     return [*_cut(first, config), *_cut(rest, config)]
 
 
-def _mark_overlap(parts: Sequence[_Utterance], transcripts: Sequence[Transcript]) -> None:
-    """How much of each turn others talk over: in words, or as the diarizer heard it where no word of theirs was made out."""
-    spoken = [(part.start_s, part.end_s, part.speaker) for part in parts]
-    together = [_together([(span.start_s, span.end_s, span.speaker) for span in transcript.speakers]) for transcript in transcripts]
-    shared = _union(_together(spoken) + [span for spans in together for span in spans])
-    ends = [end_s for _, end_s in shared]
+def _mark_overlap(parts: Sequence[_Utterance], spoken: Sequence[tuple[float, float, int]], transcripts: Sequence[Transcript]) -> None:
+    """How much of each turn others talk over: in words, or as the diarizer heard it where no word of theirs was made out.
+
+    A listener's noise in a pause of the other's turn is not talked over, though the turn goes on around it: `spoken` has the pauses.
+    """
+    by_diarizer: list[tuple[float, float]] = []
+    for transcript in transcripts:
+        by_diarizer += _together([(span.start_s, span.end_s, span.speaker) for span in transcript.speakers])
+    of_turns = _union(_together([part.place() for part in parts]) + by_diarizer)
+    of_words = _union(_together(spoken) + by_diarizer)
     for part in parts:
-        for start_s, end_s in shared[bisect_right(ends, part.start_s) :]:
+        shared = of_words if part.backchannel else of_turns
+        for start_s, end_s in shared[bisect_right(shared, part.start_s, key=lambda span: span[1]) :]:
             if start_s >= part.end_s:
                 break
             part.overlap_s += min(end_s, part.end_s) - max(start_s, part.start_s)

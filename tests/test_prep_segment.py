@@ -79,6 +79,13 @@ def test_what_is_said_at_the_same_time_is_marked_in_words_and_as_the_diarizer_he
     assert not any(turn.overlap or turn.quality["overlap_share"] for turn in alone)
 
 
+def test_a_listeners_noise_in_a_pause_is_not_talked_over_though_the_turn_goes_on_around_it():
+    transcript = heard(said("and then he said", 0.0, 0), said("Yeah.", 1.6, 1), said("that we should go", 2.4, 0))
+    turns = turns_of([transcript], SegmentConfig())
+    assert [(turn.backchannel, turn.overlap) for turn in turns] == [(False, True), (True, False)]
+    assert turns[1].quality["overlap_share"] == 0.0
+
+
 def test_what_the_recogniser_writes_without_a_space_belongs_to_the_word_before():
     pieces = [Word(" Mm", 0.0, 0.2, 0.9, 0), Word("-hmm,", 0.2, 0.5, 0.6, 0), Word(" 50", 0.6, 0.8, 0.9, 0), Word("%.", 0.8, 1.0, 0.9, 1)]
     (turn,) = turns_of([heard(pieces)], SegmentConfig())
