@@ -50,6 +50,11 @@ class MimiCodec(Codec):
     def __init__(self, model: MimiModel | MimiConfig, num_codebooks: int | None = None, source: str | None = None) -> None:
         self.model = (MimiModel(model) if isinstance(model, MimiConfig) else model).float().eval().requires_grad_(False)
         config = self.model.config
+        if not hasattr(config, "rope_parameters"):
+            raise ValueError(
+                "Mimi needs transformers 5: before it, attention had no window, which gives other codes from 10 s on; in the preparation "
+                "environment leave stages=[encode,merge] to .venv"
+            )
         if config.sampling_rate != self.sample_rate_hz or config.frame_rate != self.frame_rate_hz or config.audio_channels != 1:
             raise ValueError(
                 f"this Mimi has {config.sampling_rate} Hz, {config.frame_rate} frames/s, {config.audio_channels} channels; "
