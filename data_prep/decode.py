@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +20,7 @@ import numpy as np
 import soundfile
 
 from data_prep.failures import Rejected
+from data_prep.tars import opened, size_of, tar_above
 
 SUFFIXES = frozenset(".wav .wave .flac .mp3 .ogg .oga .opus .m4a .mp4 .aac .webm .mka .mkv .mov .wma .aif .aiff .au .caf .w64 .amr".split())
 MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 768_000
@@ -46,13 +48,13 @@ def read_header(path: Path) -> Header:
         Rejected: "unreadable", "not_a_file", "empty", "truncated", "not_audio", "bad_format".
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if tar_above(path) is None and not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise Rejected("not_a_file", "expected a plain file, this is a folder, a pipe or a device")
-        if status.st_size == 0:
+        num_bytes = size_of(path)
+        if num_bytes == 0:
             raise Rejected("empty", "the file has no bytes")
-        with path.open("rb") as stream:
-            _check_whole(stream, status.st_size)
+        with opened(path) as stream:
+            _check_whole(stream, num_bytes)
     except OSError as error:
         raise Rejected("unreadable", f"{error.strerror or error}") from error
     header = _soundfile_header(path) or _av_header(path)
@@ -81,7 +83,8 @@ def read_blocks(path: Path, header: Header) -> Iterator[np.ndarray]:
 
 def _soundfile_header(path: Path) -> Header | None:
     try:
-        info = soundfile.info(os.fspath(path))
+        with _for_decoders(path) as place:
+            info = soundfile.info(place)
     except (soundfile.LibsndfileError, RuntimeError, ValueError):
         return None
     if info.frames == 0:
@@ -92,7 +95,7 @@ def _soundfile_header(path: Path) -> Header | None:
 
 def _soundfile_blocks(path: Path) -> Iterator[np.ndarray]:
     try:
-        with soundfile.SoundFile(os.fspath(path)) as stream:
+        with _for_decoders(path) as place, soundfile.SoundFile(place) as stream:
             while len(block := stream.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
                 yield block
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -103,10 +106,12 @@ def _av_header(path: Path) -> Header:
     import av
 
     try:
-        with _av_open(path) as container:
+        with _for_decoders(path) as place, _av_open(place) as container:
             if not container.streams.audio:
                 raise Rejected("not_audio", "a media file without an audio stream")
             stream = container.streams.audio[0]
+            if getattr(stream, "codec_context", None) is None:
+                raise Rejected("not_audio", "FFmpeg has no decoder for the audio in it")
             return Header(_av_duration_s(container), stream.rate or 0, stream.channels or 0, "av")
     except (av.FFmpegError, OSError, ValueError, UnicodeError) as error:
         if isinstance(error, Rejected):
@@ -128,7 +133,7 @@ def _av_blocks(path: Path) -> Iterator[np.ndarray]:
     import av
 
     try:
-        with _av_open(path) as container:
+        with _for_decoders(path) as place, _av_open(place) as container:
             resampler = av.AudioResampler(format="fltp")  # the sample format only; rate and layout stay
             for frame in container.decode(audio=0):
                 for converted in resampler.resample(frame):
@@ -141,13 +146,18 @@ def _av_blocks(path: Path) -> Iterator[np.ndarray]:
         raise Rejected("corrupt", _said_by(error)) from error
 
 
-def _av_open(path: Path):  # type: ignore[no-untyped-def]  # av's type is not known everywhere
+def _for_decoders(path: Path) -> AbstractContextManager[str | BinaryIO]:
+    """A file's name, or a tar's member as a stream."""
+    return nullcontext(os.fspath(path.resolve())) if tar_above(path) is None else opened(path)
+
+
+def _av_open(place: str | BinaryIO):  # type: ignore[no-untyped-def]  # av's type is not known everywhere
     try:
         import av
     except ImportError as error:
         raise ImportError("files that libsndfile cannot read need PyAV: run `pip install av`") from error
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    return av.open(os.fspath(path.resolve()), options=options, metadata_errors="replace")
+    return av.open(place, options=options, metadata_errors="replace")
 
 
 def _said_by(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """Input forms: which recordings there are, and for `prep=turns` who says what in them.
 
-Three forms: a folder of recordings with a text of the same name beside each; a folder with `metadata.csv` (LJSpeech); a
-`manifest.jsonl`. Each gives candidates, which `probe` turns into manifest lines by reading the files themselves.
-Nothing outside of the input folder is named by a path, though a link in it may lead outside.
+Four forms: a folder of recordings with a text of the same name beside each; a folder with `metadata.csv` (LJSpeech); a
+`manifest.jsonl`; tars (WebDataset shards), alone or in a folder of recordings. Each gives candidates, which `probe` turns into
+manifest lines by reading the files themselves. Nothing outside of the input folder is named by a path, though a link in it may
+lead outside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from data_prep import tars
 from data_prep.decode import SUFFIXES, read_header
 from data_prep.failures import Failure, Rejected
 from data_prep.manifest import ManifestTurn, Recording, check_object, check_turns, file_digest, normalised
@@ -64,8 +67,8 @@ class Input:
             ValueError: if it is a file that is no manifest.
         """
         if path.is_file():
-            if path.suffix not in (".jsonl", ".csv"):
-                raise ValueError(f"input={path}: a file must be a manifest (.jsonl) or a table (.csv); give the folder it lies in")
+            if path.suffix not in (".jsonl", ".csv", tars.SUFFIX):
+                raise ValueError(f"input={path}: a file must be a manifest (.jsonl), a table (.csv) or a tar; give the folder it lies in")
             return cls(path.parent, path, with_texts)
         if not path.is_dir():
             raise FileNotFoundError(f"input={path}: nothing there; expected a folder of recordings, {MANIFEST_NAME} or {METADATA_NAME}")
@@ -78,6 +81,8 @@ class Input:
         """Recordings in a fixed order; what cannot be one, as a failure."""
         if self.table is None:
             return _from_folder(self.root, self.with_texts)
+        if self.table.suffix == tars.SUFFIX:
+            return _from_tar(self.table, self.root, self.with_texts)
         if self.table.suffix == ".jsonl":
             return _from_manifest(self.table, self.with_texts)
         return _from_metadata(self.table, self.with_texts)
@@ -88,7 +93,7 @@ class Input:
             status = self.table.stat()
             yield f"{self.table.name}\t{status.st_size}\t{status.st_mtime_ns}"
         for path in _walk(self.root):
-            if path.suffix.lower() in SUFFIXES or (self.with_texts and path.suffix == ".txt"):
+            if path.suffix.lower() in SUFFIXES or path.suffix == tars.SUFFIX or (self.with_texts and path.suffix == ".txt"):
                 yield json.dumps([os.fsencode(path.relative_to(self.root)).hex(), *_size_and_time(path)])
 
 
@@ -103,7 +108,7 @@ def probe(found: Candidate, root: Path) -> Recording | Failure:
             if turn.channel is not None and turn.channel >= header.num_channels:
                 raise Rejected("schema", f"a turn is on channel {turn.channel}, the file has {header.num_channels} channels")
         return Recording(
-            file_digest(path), found.source, path.stat().st_size, round(duration_s, 3), found.turns, found.license, found.language
+            file_digest(path), found.source, tars.size_of(path), round(duration_s, 3), found.turns, found.license, found.language
         )
     except Rejected as error:
         why = Rejected(error.reason, f"{found.where}: {error.detail}") if found.where else error
@@ -113,8 +118,11 @@ def probe(found: Candidate, root: Path) -> Recording | Failure:
 def _from_folder(root: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
     seen: dict[Path, str] = {}
     for path in _walk(root):
-        if path.is_dir():
+        if os.path.isdir(path):  # pathlib raises where a link has an endless name
             yield Failure.of(_source(path, root), "manifest", Rejected("unreadable", "a folder without permission to read it"))
+            continue
+        if path.suffix == tars.SUFFIX and _is_utf8(path):
+            yield from _from_tar(path, root, with_texts)
             continue
         if path.suffix.lower() not in SUFFIXES:
             continue
@@ -133,6 +141,53 @@ def _from_folder(root: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
             yield Candidate(source, [ManifestTurn(_text_beside(path), speaker_name=name)])
         except Rejected as error:
             yield Failure.of(source, "manifest", error)
+
+
+def _from_tar(tar: Path, root: Path, with_texts: bool) -> Iterator[Candidate | Failure]:
+    """Audio members of a WebDataset shard; what is said is in the .txt or .json member of the same key."""
+    place = _source(tar, root)
+    try:
+        members = tars.members_of(tar)
+    except Rejected as error:
+        yield Failure.of(place, "manifest", error)
+        return
+    for member in members:
+        if member.refused is not None:
+            yield Failure.of(f"{place}/{member.name}".rstrip("/"), "manifest", member.refused)
+    for _, group in tars.by_key([member for member in members if member.refused is None]):
+        audio = [member for member in group if Path(member.name).suffix.lower() in SUFFIXES]
+        for extra in audio[1:]:
+            yield Failure.of(f"{place}/{extra.name}", "manifest", Rejected("same_name", f"{audio[0].name} has the same key"))
+        if not audio:
+            continue
+        source = f"{place}/{audio[0].name}"
+        try:
+            yield _tar_candidate(tar, source, group, with_texts)
+        except Rejected as error:
+            yield Failure.of(source, "manifest", error)
+
+
+def _tar_candidate(tar: Path, source: str, group: list[tars.Member], with_texts: bool) -> Candidate:
+    texts = {
+        Path(member.name).suffix: tars.text_of(tar, member, MAX_TEXT_BYTES) for member in group if member.name.endswith((".txt", ".json"))
+    }
+    told: dict[str, Any] = {}
+    if ".json" in texts:
+        try:
+            told = json.loads(texts[".json"])
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise Rejected("schema", f"its .json member is not JSON ({error})") from error
+        if not isinstance(told, dict):
+            raise Rejected("schema", f"its .json member is a {type(told).__name__}, expected an object")
+    license, language = (value if isinstance(value := told.get(key), str) else None for key in ("license", "language"))
+    if not with_texts:
+        return Candidate(source, [], license, language)
+    single = {key: told[key] for key in _TURN_KEYS if told.get(key) is not None}  # other keys are the shard maker's own
+    if ".txt" in texts:
+        single["text"] = normalised(texts[".txt"], "its .txt member")
+    if "turns" not in told and not single.get("text"):
+        raise Rejected("no_text", "no .txt member, and no text in a .json member, of its key")
+    return Candidate(source, check_turns(told.get("turns", [single]), "its .json member"), license, language)
 
 
 def _text_beside(path: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.failures import Rejected
+from data_prep.tars import opened
 
 DIGEST_CHARACTERS = 16
 MAX_SPEAKER = 9_999
@@ -200,7 +201,7 @@ def file_digest(path: Path) -> str:
     """
     sha = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             while block := stream.read(_BLOCK_BYTES):
                 sha.update(block)
     except OSError as error:

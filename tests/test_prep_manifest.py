@@ -1,9 +1,11 @@
-"""Which recordings there are and who says what: three input forms, what is refused and why, splits and units."""
+"""Which recordings there are and who says what: four input forms, what is refused and why, splits and units."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from csm.config import IngestConfig
 from data_prep.failures import Failure
+from data_prep.ingest import ingest
 from data_prep.inputs import Candidate, Input, probe
-from data_prep.manifest import ManifestTurn, Recording, manifest_line, read_manifest
+from data_prep.manifest import ManifestTurn, Recording, file_digest, manifest_line, read_manifest
 from data_prep.planning import plan_units, split_recordings
+from tests.test_prep_ingest import speechlike, write_with_av
 
 
 def wav(path: Path, seed: int = 0, duration_s: float = 0.5, num_channels: int = 1) -> Path:
@@ -258,3 +263,31 @@ def test_units_cover_the_manifest_and_keep_splits_apart() -> None:
     ]  # fmt: skip
     assert [u.first_byte for u in units] == [0, *(u.last_byte for u in units[:-1])]
     assert units[-1].last_byte == sum(len(line.encode()) for _, _, line in lines)
+
+
+def test_tars_are_read_in_place_alone_and_in_a_folder(tmp_path: Path) -> None:
+    """What is in a shard decodes to the samples of the file outside, by either decoder, with or without texts."""
+    audio = speechlike()
+    soundfile.write(tmp_path / "a.flac", audio, 24_000)
+    write_with_av(tmp_path / "b.m4a", "aac", audio, container="mp4")
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "calls.tar", "w") as tar:
+        for name, source in (("x/a.flac", "a.flac"), ("x/b.m4a", "b.m4a")):
+            tar.add(tmp_path / source, name)
+        told = json.dumps({"text": "hello", "speaker_name": "anna", "license": "CC0-1.0", "their_own": [1]}).encode()
+        for name, content in (("x/a.json", told), ("x/b.txt", b"well\n")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    for place, prefix in ((tmp_path / "in", "calls.tar"), (tmp_path / "in" / "calls.tar", "calls.tar")):
+        found = Input.find(place)
+        recordings = [probe(candidate, found.root) for candidate in found.candidates()]
+        assert [(r.source, r.turns[0].text, r.license) for r in recordings] == [
+            (f"{prefix}/x/a.flac", "hello", "CC0-1.0"),
+            (f"{prefix}/x/b.m4a", "well", None),
+        ]
+        for recording, outside in zip(recordings, ("a.flac", "b.m4a"), strict=True):
+            assert recording.digest == file_digest(tmp_path / outside) and recording.num_bytes == (tmp_path / outside).stat().st_size
+            inside = ingest(found.root / recording.source, IngestConfig()).audio
+            np.testing.assert_array_equal(inside, ingest(tmp_path / outside, IngestConfig()).audio)
+        assert [candidate.turns for candidate in Input.find(place, with_texts=False).candidates()] == [[], []]
