@@ -154,7 +154,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
     bare = TranscribeConfig(**{**vars(configs["transcribe"]), "pad_s": 0.0})
     asked: dict[str, Any] = {"der": {}, "detection": {}, "cpwer": {}}
     rows, starts, edges = [], [], []
-    counts = {key: [0, 0] for key in ("wer", "noise_mix", "noise_call", "speakers")}
+    counts = {key: [0, 0] for key in ("wer", "wer_turns", "noise_mix", "noise_call", "speakers")}
     for name, entry in truth.items():
         kind, turns = entry["kind"], entry["turns"]
         audio = soundfile.read(folder / entry["path"], dtype="float32", always_2d=True)[0].T
@@ -186,6 +186,11 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
             if kind == "talk":
                 counts["wer"][0] += errors
                 counts["wer"][1] += len(said)
+                said_in_turns = [word for turn in turns if not turn["backchannel"] for word in words_of(turn["text"])]
+                counts["wer_turns"][0] += edits(
+                    said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)]
+                )
+                counts["wer_turns"][1] += len(said_in_turns)
             wer = f"{errors / len(said):.1%}"
             by_speaker: list[dict[str, str]] = [{}, {}]
             for side, entries in zip(by_speaker, (turns, made), strict=True):
@@ -220,6 +225,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
     if "talk" in kinds:
         talks = [entry for name, entry in scores["cpwer"].items() if truth[name]["kind"] == "talk"]
         values["word error rate, talks"] = f"{counts['wer'][0] / counts['wer'][1]:.2%}"
+        values["the same without listeners' noises on either side"] = f"{counts['wer_turns'][0] / counts['wer_turns'][1]:.2%}"
         values["cpWER, talks"] = f"{sum(entry['errors'] for entry in talks) / sum(entry['length'] for entry in talks):.2%}"
     for name, entry in scores["cpwer"].items():
         if truth[name]["kind"] == "call":

@@ -94,7 +94,7 @@ TALKS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "talk4 slt, rms, joe": (["flite:slt", "flite:rms", "piper:joe"], {}),
     "talk5 joe, contralto, telephone": (["piper:joe", "demo:3"], {"telephone": True}),
     "talk6 LibriVox reader, joe": (["human", "piper:joe"], {}),
-    "call slt | joe, two channels": (["flite:slt", "piper:joe"], {"stereo": True}),
+    "call slt and joe, two channels": (["flite:slt", "piper:joe"], {"stereo": True}),
 }
 NUM_TURNS = 24
 PIPER = """

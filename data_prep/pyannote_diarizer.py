@@ -21,7 +21,7 @@ from data_prep.reachable import can_reach
 from data_prep.segmentation import RATE_HZ
 from data_prep.transcript import Span, SpeakerSpan
 
-WINDOW_MIN = 30  # of one run of the pipeline: its memory grows with length
+WINDOW_S = 30 * 60  # of one run of the pipeline: its memory grows with length
 _SAME_VOICE = 0.5  # cosine of two windows' speakers from which they are one; chosen without measurement, the weights were not at hand
 
 Pipeline = Callable[..., tuple[Any, dict[str, list[float]] | None]]
@@ -65,7 +65,7 @@ class PyannoteDiarizer(Diarizer):
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; audio is 16 kHz float32 [S]."""
-        size = WINDOW_MIN * 60 * RATE_HZ
+        size = WINDOW_S * RATE_HZ
         known: list[np.ndarray] = []  # a vector a speaker of the recording, the sum of its windows'
         spans: list[SpeakerSpan] = []
         for first in range(0, len(audio), size):
