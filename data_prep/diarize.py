@@ -155,8 +155,10 @@ class Diarizer:
             sums = [(centroids * sizes[:, None])[labels == label].sum(axis=0) for label in np.unique(labels)]
             sizes = np.array([sizes[labels == label].sum() for label in np.unique(labels)])
             centroids = np.stack([unit(total) for total in sums])
-        is_large = sizes >= min(self.config.min_windows, -(-len(voices) // 10))
-        return centroids[is_large][: self.config.max_speakers or None]
+        order = np.argsort(-sizes, kind="stable")
+        centroids, sizes = centroids[order], sizes[order]
+        is_large = sizes >= min(self.config.min_windows, -(-len(voices) // 10), sizes[0])  # voices that are all unlike leave one
+        return centroids[is_large | (self.config.num_speakers > 0)][: self.config.max_speakers or None]
 
     def _clusters(self, voices: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """(centroids, sizes) of clusters, the largest first."""

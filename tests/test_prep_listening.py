@@ -103,6 +103,13 @@ def test_long_recordings_are_clustered_in_parts_that_are_linked(talk, monkeypatc
     assert [(span.speaker, span.start_s) for span in parts] == [(span.speaker, span.start_s) for span in whole]
 
 
+def test_voices_that_are_all_unlike_leave_somebody():
+    voices = np.eye(256, dtype=np.float32)[:60]
+    assert len(Diarizer(DiarizeConfig())._centroids(voices, 0.25)) >= 1
+    assert len(Diarizer(DiarizeConfig(max_speakers=2))._centroids(np.repeat(voices[:5], [9, 5, 7, 8, 6], axis=0), 0.25)) == 2
+    assert len(Diarizer(DiarizeConfig(num_speakers=3))._centroids(voices[:3], 0.25)) == 3
+
+
 def segment(text: str, probability: float = 0.9, word_s: float = 0.3, no_speech: float = 0.0) -> Segment:
     return Segment(
         [Word(f" {word}", index * word_s, (index + 1) * word_s, probability) for index, word in enumerate(text.split())], no_speech
