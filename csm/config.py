@@ -659,3 +659,35 @@ class PlanConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "a share in (0, 1]")
         _require(0 < self.amortization <= 1, "amortization", self.amortization, "a share in (0, 1]")
+
+
+@dataclass
+class PrepPlanConfig:
+    """`csm plan prep`: what preparing recordings would need. Rates are seconds of audio a second of one CPU core, or of one GPU."""
+
+    hours: float = 1000.0  # of recordings
+    cores: int = 16  # CPU cores at work
+    devices: int = 0  # GPUs that transcribe and find speakers; 0 leaves that to the cores
+    recording_min: float = 30.0  # length of a recording
+    kept_share: float = 0.7  # of the recordings' hours that ends in turns
+    num_codebooks: int = 32
+    keep_audio: bool = False
+    unit_min: float = 30.0  # as in python -m data_prep
+    # Measured here: one core of a shared Xeon with AVX-512; measure your own on an hour.
+    ingest_x: float = 370.0  # decoding, resampling, loudness; done in each of three stages
+    transcribe_x: float = 6.0  # speech, Whisper base in int8, speakers, on dense conversations (benchmarks/results/prep_accuracy.md)
+    dnsmos_x: float = 3.0  # of the 54 s of a recording that are looked at
+    encode_x: float = 6.5  # Mimi in float32
+    # Estimated from what others publish for an H100, never run here: 11,500 GPU-hours of Whisper and 9,500 of pyannote a million hours.
+    transcribe_gpu_x: float = 48.0
+    sample_mb_per_hour: float = 1.24  # JSON of samples, words included; measured on short dialogue
+    stages_mb_per_hour: float = 2.9  # what lies between the stages; measured on the same
+    flac_mb_per_hour: float = 95.0  # 24 kHz, 16 bit, at 55% of its size; estimated
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "cores", "recording_min", "num_codebooks", "unit_min"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("ingest_x", "transcribe_x", "dnsmos_x", "encode_x", "transcribe_gpu_x"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number, times real time")
+        _require(self.devices >= 0, "devices", self.devices, "0 or more")
+        _require(0 < self.kept_share <= 1, "kept_share", self.kept_share, "a share in (0, 1]")

@@ -11,9 +11,16 @@ import yaml
 from omegaconf import OmegaConf
 
 from csm.cli.hydra_entry import CONFIG_DIR, UsageError, compose, help_text
-from csm.config import EvaluateConfig, FinetuneConfig, PlanConfig, PrepConfig, TrainConfig
+from csm.config import EvaluateConfig, FinetuneConfig, PlanConfig, PrepConfig, PrepPlanConfig, TrainConfig
 
-PRIMARIES = {"train": TrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig, "prep": PrepConfig, "plan": PlanConfig}
+PRIMARIES = {
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+    "prep": PrepConfig,
+    "plan": PlanConfig,
+    "plan_prep": PrepPlanConfig,
+}
 GROUP_FILES = sorted(path for path in CONFIG_DIR.glob("*/*.yaml"))
 REQUIRED = {"evaluate": ["run=runs/demo/x"], "finetune": ["base=runs/demo/x", "data.path=recordings"]}
 REPEATS = ("codec", "text")  # these say their names even when default, to win over what a model is paired with

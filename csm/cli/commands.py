@@ -48,22 +48,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_PLAN_KEYS = "of csm.config.PlanConfig: model=csm_1b devices=8 hours=1e5; after prep, of csm.config.PrepPlanConfig: hours=1e6 devices=64"
+
+
 def _declare_plan(commands: Any) -> None:
     command = add_command(
         commands,
         "plan",
         _plan,
-        "What a training run would need: parameters, FLOPs, memory a GPU, GPU-hours.",
-        "example: csm plan model=csm_8b devices=64 hours=1000000",
+        "What a training run would need: parameters, FLOPs, memory a GPU, GPU-hours; `plan prep`: what preparing its data would.",
+        "examples: csm plan model=csm_8b devices=64 hours=1000000; csm plan prep hours=1e6 cores=4096 devices=64",
     )
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of csm.config.PlanConfig: model=csm_1b devices=8 hours=1e5")
+    command.add_argument("overrides", nargs="*", metavar="[prep] KEY=VALUE", help=_PLAN_KEYS)
     command.add_argument("--json", action="store_true")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from csm.cli.plan import plan_command  # Hydra is for this command only
+    from csm.cli.plan_prep import plan_prep_command
 
-    plan_command(arguments.overrides, as_json=arguments.json)
+    if arguments.overrides[:1] == ["prep"]:
+        plan_prep_command(arguments.overrides[1:], as_json=arguments.json)
+    else:
+        plan_command(arguments.overrides, as_json=arguments.json)
     return 0
 
 
