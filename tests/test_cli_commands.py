@@ -291,7 +291,9 @@ def test_incomplete_command_lines_leave_with_status_2(arguments):
     assert left.value.code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["watermark"], ["export"], ["voices"], ["voices", "add"], ["plan"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["watermark"], ["export"], ["voices"], ["voices", "add"], ["plan"], ["listen"], ["listen", "page"]]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])

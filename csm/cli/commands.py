@@ -1,4 +1,4 @@
-"""The `csm` command: generate, watermark, export, voices, plan.
+"""The `csm` command: generate, watermark, export, voices, plan, listen.
 
 Each subcommand declares its options and runs them; the long ones have files of their own. Mistakes of the user end with one
 line on stderr and status 2; CSM_DEBUG=1 shows the traceback.
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from csm.cli import export, generate, voices, watermark
+from csm.cli import export, generate, listen, voices, watermark
 from csm.cli.subcommand import add_command
 
 
@@ -43,7 +43,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training, evaluation and data preparation have commands of their own: train.py, evaluate.py, python -m data_prep.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for declare in (generate.declare, watermark.declare, export.declare, voices.declare, _declare_plan):  # one line a command
+    for declare in (
+        generate.declare,
+        watermark.declare,
+        export.declare,
+        voices.declare,
+        _declare_plan,
+        listen.declare,
+    ):  # one line a command
         declare(commands)
     return parser
 
