@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from csm.evaluation.metrics import align_words, count_word_errors, is_runaway, mean_estimate, normalise_transcript, ratio_estimate, seed_for
+from csm.evaluation.metrics import (
+    align_words,
+    count_character_errors,
+    count_word_errors,
+    is_runaway,
+    mean_estimate,
+    normalise_transcript,
+    ratio_estimate,
+    seed_for,
+)
 
 
 @pytest.mark.parametrize("heard", ["742", "7 4 2", "7-4-2", "Seven, four, two.", " seven FOUR two ", "$7.42", "7:42", "seven 42"])
@@ -80,3 +89,11 @@ def test_runaway_is_no_end_or_more_than_twice_the_reference() -> None:
 def test_seeds_are_fixed_numbers() -> None:
     assert seed_for(0, "speak", "a-0") == seed_for(0, "speak", "a-0") < 2**63
     assert len({seed_for(0, "speak", "a-0"), seed_for(1, "speak", "a-0"), seed_for(0, "speak", "a-1"), seed_for(0, "spea", "ka-0")}) == 4
+
+
+def test_characters_and_outliers_by_hand():
+    assert count_character_errors("seven two", "seven too") == (1, 9)
+    assert count_character_errors("One, 2!", "one two") == (0, 7)
+    assert not count_word_errors("one two three four", "one two").is_outlier  # half is not more than half
+    assert count_word_errors("one two three four", "one").is_outlier
+    assert count_word_errors("one two", "one two " + "four " * 20).is_outlier  # a loop is told by its insertions

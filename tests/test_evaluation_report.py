@@ -39,6 +39,7 @@ def verdict(hypothesis: str = "seven four two", *, key: str = "a-0", substitutio
         reached_eos=True,
         is_runaway=False,
         is_empty=False,
+        silence_tail_s=0.0,
         mel_distance=3.0,
         wav="",
     )

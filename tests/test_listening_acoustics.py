@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from csm.listening.acoustics import _warped_mean, is_silent, log_mel_db, mel_distance_db, mel_spectrogram, trim_silence
+from csm.listening.acoustics import _warped_mean, is_silent, log_mel_db, mel_distance_db, mel_spectrogram, silence_tail_s, trim_silence
 
 
 def tone(frequency_hz: float, duration_s: float, rate_hz: int = 24_000) -> np.ndarray:
@@ -63,3 +63,10 @@ def test_trimming_keeps_the_sound() -> None:
     assert abs(len(trim_silence(padded)) - len(clip)) <= 2 * 480
     assert len(trim_silence(np.zeros(100, np.float32))) == 100
     assert log_mel_db(np.zeros(2_400, np.float32)).max() == pytest.approx(-80)
+
+
+def test_silence_at_the_end_is_measured_and_a_cut_clip_has_none():
+    tone = 0.3 * np.sin(np.arange(24_000) * 0.1).astype(np.float32)
+    assert silence_tail_s(np.concatenate([tone, np.zeros(18_000, np.float32)])) == pytest.approx(0.75, abs=0.03)
+    assert silence_tail_s(tone) < 0.03
+    assert silence_tail_s(np.zeros(0, np.float32)) == 0.0 and silence_tail_s(np.zeros(24_000, np.float32)) == 1.0

@@ -7,14 +7,23 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from csm.evaluation.metrics import Estimate, WordErrors, count_word_errors, is_runaway, mean_estimate, ratio_estimate
+from csm.evaluation.metrics import (
+    Estimate,
+    WordErrors,
+    count_character_errors,
+    count_word_errors,
+    is_runaway,
+    mean_estimate,
+    ratio_estimate,
+)
 from csm.evaluation.suites import CONTEXT, SINGLE, Utterance
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import GeneratedCodes
-from csm.listening.acoustics import is_silent, mel_distance_db
+from csm.listening.acoustics import is_silent, mel_distance_db, silence_tail_s
 from csm.listening.asr import Recogniser
 from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
+SILENCE_TAIL_S = 0.5  # a clip that goes on for longer with nothing to hear did not know its end
 GROUND_TRUTH, RESYNTHESIS, MODEL = "ground_truth", "resynthesis", "model"
 
 
@@ -71,6 +80,7 @@ class Verdict:
         wav: path below the evaluation folder.
         seed: of the model's draws; None for references.
         num_dropped_turns: context turns that did not fit the window.
+        silence_tail_s: of nothing to hear at the clip's end.
     """
 
     key: str
@@ -95,6 +105,7 @@ class Verdict:
     reached_eos: bool
     is_runaway: bool
     is_empty: bool
+    silence_tail_s: float
     mel_distance: float | None
     wav: str
 
@@ -148,6 +159,7 @@ class Judge:
             reached_eos=reached_eos,
             is_runaway=is_runaway(duration_s, utterance.reference_s, reached_eos),
             is_empty=is_empty,
+            silence_tail_s=silence_tail_s(audio),
             mel_distance=None if is_empty else mel_distance_db(audio, reference),
             wav=wav,
         )
@@ -156,20 +168,28 @@ class Judge:
 def row_metrics(verdicts: Sequence[Verdict], row: Row, *, seed: int) -> dict[str, Estimate]:
     """The metrics of one row, named with its suffix. Failed clips stay in: as word errors, wrong voices and runaways.
 
-    Only `mel_distance` leaves empty clips out, which have no spectrum; its `n` says how many were measured.
+    Only `mel_distance` leaves empty clips out, which have no spectrum, and `wer_without_outliers` outliers; their `n` says how many
+    were measured.
     """
     suffix = row.suffix
 
     def rate(name: str, flags: Sequence[float]) -> Estimate:
         return mean_estimate(list(flags), seed=seed, name=name + suffix)
 
+    def share(name: str, pairs: Sequence[tuple[int, int]]) -> Estimate:
+        return ratio_estimate([errors for errors, _ in pairs], [total for _, total in pairs], seed=seed, name=name + suffix)
+
+    words = [v.word_errors for v in verdicts]
     metrics = {
-        "wer": ratio_estimate(
-            [v.word_errors.errors for v in verdicts], [v.word_errors.num_words for v in verdicts], seed=seed, name="wer" + suffix
-        ),
+        "wer": share("wer", [(errors.errors, errors.num_words) for errors in words]),
+        "cer": share("cer", [count_character_errors(v.text, v.hypothesis) for v in verdicts]),
+        "outlier_rate": rate("outlier_rate", [float(errors.is_outlier) for errors in words]),
         "voice_accuracy": rate("voice_accuracy", [float(v.voice_guess == v.voice) for v in verdicts]),
         "voice_similarity": rate("voice_similarity", [v.voice_similarity for v in verdicts]),
     }
+    usual = [(errors.errors, errors.num_words) for errors in words if not errors.is_outlier]
+    if usual:
+        metrics["wer_without_outliers"] = share("wer_without_outliers", usual)
     distances = [v.mel_distance for v in verdicts if v.mel_distance is not None]
     if distances and row.source != GROUND_TRUTH:
         metrics["mel_distance"] = rate("mel_distance", distances)
@@ -177,6 +197,7 @@ def row_metrics(verdicts: Sequence[Verdict], row: Row, *, seed: int) -> dict[str
         metrics["eos_rate"] = rate("eos_rate", [float(v.reached_eos) for v in verdicts])
         metrics["runaway_rate"] = rate("runaway_rate", [float(v.is_runaway) for v in verdicts])
         metrics["empty_rate"] = rate("empty_rate", [float(v.is_empty) for v in verdicts])
+        metrics["silence_tail_rate"] = rate("silence_tail_rate", [float(v.silence_tail_s > SILENCE_TAIL_S) for v in verdicts])
         metrics["duration_ratio"] = rate("duration_ratio", [v.duration_ratio for v in verdicts])
         metrics["max_duration_ratio"] = Estimate(max(v.duration_ratio for v in verdicts), None, None, len(verdicts))
     return {name + suffix: estimate for name, estimate in metrics.items()}

@@ -16,6 +16,7 @@ import numpy as np
 from csm.listening.transcripts import normalise_transcript
 
 NUM_RESAMPLES = 2000
+OUTLIER_WER = 0.5  # a clip with a larger share of wrong words is an outlier: one failure, not many small errors
 RUNAWAY_RATIO = 2.0  # a clip longer than this many times its reference ran away
 
 
@@ -37,6 +38,10 @@ class WordErrors:
         """Words of the reference."""
         return self.hits + self.substitutions + self.deletions
 
+    @property
+    def is_outlier(self) -> bool:
+        return self.errors > OUTLIER_WER * self.num_words
+
 
 def count_word_errors(reference: str, hypothesis: str) -> WordErrors:
     """Align a transcript with what should have been said; both are normalised first.
@@ -46,6 +51,17 @@ def count_word_errors(reference: str, hypothesis: str) -> WordErrors:
     """
     output = jiwer.process_words(_reference_words(reference), normalise_transcript(hypothesis))
     return WordErrors(output.hits, output.substitutions, output.deletions, output.insertions)
+
+
+def count_character_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """(errors, characters of the reference), spaces between words included; both are normalised first.
+
+    Raises:
+        ValueError: as `count_word_errors`.
+    """
+    output = jiwer.process_characters(_reference_words(reference), normalise_transcript(hypothesis))
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors, output.hits + output.substitutions + output.deletions
 
 
 def align_words(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:

@@ -27,13 +27,24 @@ def is_silent(audio: np.ndarray) -> bool:
 
 def trim_silence(audio: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """Cut what lies before the first and after the last 20 ms window within 40 dB of the loudest one."""
+    loud, size = _loud_windows(audio, rate_hz)
+    return audio[loud[0] * size : (loud[-1] + 1) * size] if loud.size else audio
+
+
+def silence_tail_s(audio: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ) -> float:
+    """Seconds after the last 20 ms window within 40 dB of the loudest one."""
+    loud, size = _loud_windows(audio, rate_hz)
+    return max(0.0, len(audio) - (loud[-1] + 1) * size if loud.size else len(audio)) / rate_hz
+
+
+def _loud_windows(audio: np.ndarray, rate_hz: int) -> tuple[np.ndarray, int]:
+    """(indices of the 20 ms windows within 40 dB of the loudest one, samples a window)."""
     size = round(_TRIM_WINDOW_S * rate_hz)
     num_windows = len(audio) // size
     if num_windows == 0:
-        return audio
+        return np.zeros(0, int), size
     energy = np.square(audio[: num_windows * size].reshape(num_windows, size), dtype=np.float64).mean(axis=1)
-    loud = np.flatnonzero(energy > energy.max() * 10 ** (_TRIM_DB / 10))
-    return audio[loud[0] * size : (loud[-1] + 1) * size] if loud.size else audio
+    return np.flatnonzero(energy > energy.max() * 10 ** (_TRIM_DB / 10)), size
 
 
 @lru_cache(maxsize=8)
