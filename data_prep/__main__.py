@@ -34,10 +34,10 @@ def prepare(config: PrepConfig) -> None:
     """
     from csm.cli.hydra_entry import UsageError
 
-    config.stages = [ALIASES.get(stage, stage) for stage in config.stages]
     if config.name in ("turns", "conversations", "offline"):
         from data_prep.turns import check_command, prepare_turns
 
+        config.stages = [ALIASES.get(stage, stage) for stage in config.stages]
         try:
             check_command(config)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
