@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from csm.packaged import packaged_file
 from csm.whole_files import write_text
 
 BOS_ID, EOS_ID = 128_000, 128_001  # Llama-3
@@ -176,16 +177,7 @@ def _load_llama3(source: str | None) -> tuple[Callable[[str], list[int]], Callab
 
 def packaged_llama3() -> Path | None:
     """The tokenizer file inside the `llama-models` package, without importing the package; None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, files
-
-    try:
-        entries = files("llama-models") or []
-    except PackageNotFoundError:
-        return None
-    for entry in entries:
-        if entry.match("llama3/tokenizer.model"):
-            return Path(str(entry.locate()))
-    return None
+    return packaged_file("llama-models", "llama3/tokenizer.model")
 
 
 def load_tokenizer(kind: str, source: str | None = None) -> TextTokenizer:

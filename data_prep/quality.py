@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import soxr
 
 from csm.frames import SAMPLE_RATE_HZ
+from csm.packaged import packaged_file
 from data_prep.ingest import FULL_SCALE
 from data_prep.manifest import ManifestTurn
 from data_prep.transcript import Span
@@ -146,13 +146,8 @@ def _dnsmos_session() -> Any:
 
 
 def _find_dnsmos() -> Path:
-    try:
-        entries = files("speechmos") or []
-    except PackageNotFoundError:
-        entries = []
-    for entry in entries:
-        if entry.match("speechmos/dnsmos_models/sig_bak_ovr.onnx"):
-            return Path(str(entry.locate()))
+    if (weights := packaged_file("speechmos", "speechmos/dnsmos_models/sig_bak_ovr.onnx")) is not None:
+        return weights
     raise FileNotFoundError("no DNSMOS here: run `pip install --no-deps speechmos==0.0.1.1`, or set filter.min_dnsmos=0")
 
 

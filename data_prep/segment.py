@@ -15,7 +15,7 @@ from csm.config import SegmentConfig
 from csm.listening.transcripts import normalise_transcript
 from data_prep.failures import Rejected
 from data_prep.manifest import ManifestTurn, normalised
-from data_prep.transcript import Dropped, Transcript, Word, compression, mean_log_probability, runs_of_words
+from data_prep.transcript import Dropped, Transcript, Word, compression, mean_log_probability, runs_of_words, union
 
 # What listeners say without taking the turn; English, and what Whisper writes for it.
 BACKCHANNELS = frozenset(
@@ -204,8 +204,8 @@ def _mark_overlap(parts: Sequence[_Utterance], spoken: Sequence[tuple[float, flo
     by_diarizer: list[tuple[float, float]] = []
     for transcript in transcripts:
         by_diarizer += _together([(span.start_s, span.end_s, span.speaker) for span in transcript.speakers])
-    of_turns = _union(_together([part.place() for part in parts]) + by_diarizer)
-    of_words = _union(_together(spoken) + by_diarizer)
+    of_turns = union(_together([part.place() for part in parts]) + by_diarizer)
+    of_words = union(_together(spoken) + by_diarizer)
     for part in parts:
         shared = of_words if part.backchannel else of_turns
         for start_s, end_s in shared[bisect_right(shared, part.start_s, key=lambda span: span[1]) :]:
@@ -223,16 +223,6 @@ def _together(spans: Sequence[tuple[float, float, int]]) -> list[tuple[float, fl
         shared += [(start_s, min(end_s, other[1])) for other in going if other[2] != speaker]
         going.append((start_s, end_s, speaker))
     return shared
-
-
-def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    joined: list[tuple[float, float]] = []
-    for start_s, end_s in sorted(spans):
-        if joined and start_s <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end_s)
-        else:
-            joined.append((start_s, end_s))
-    return joined
 
 
 def _pad(parts: Sequence[_Utterance], duration_s: float, config: SegmentConfig) -> None:

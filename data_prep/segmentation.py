@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import collections
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from csm.packaged import packaged_file
 
 RATE_HZ = 16_000
 WINDOW_S, STEP_S = 5.0, 1.0
@@ -54,13 +56,8 @@ def find_weights() -> Path:
     Raises:
         FileNotFoundError: if the wheel is not installed.
     """
-    try:
-        entries = files("whisperx") or []
-    except PackageNotFoundError:
-        entries = []
-    for entry in entries:
-        if entry.match("whisperx/assets/pytorch_model.bin"):
-            return Path(str(entry.locate()))
+    if (weights := packaged_file("whisperx", "whisperx/assets/pytorch_model.bin")) is not None:
+        return weights
     raise FileNotFoundError("no voice detection here: run `pip install --no-deps whisperx==3.8.6` (its weights are all we use)")
 
 
@@ -147,16 +144,40 @@ def window_starts(num_samples: int) -> np.ndarray:
     return starts if starts[-1] == last else np.append(starts, last)
 
 
-def local_activity(audio: np.ndarray, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of three local speakers in every window.
+@dataclass(frozen=True)
+class Activity:
+    """When up to three local speakers are active, window by window.
 
-    Args:
-        audio: 16 kHz float32 [S].
-    Returns:
-        (window starts in samples [W], probabilities [W, frames, 3] float32)
+    Attributes:
+        starts: of the windows, in samples [W].
+        probabilities: [W, frames, 3] float32.
+        num_frames: of the recording.
     """
+
+    starts: np.ndarray
+    probabilities: np.ndarray
+    num_frames: int
+
+    def first_frame(self, window: int) -> int:
+        """The recording's frame that a window begins with."""
+        return round(self.starts[window] / RATE_HZ / FRAME_S)
+
+    def averaged(self, values: np.ndarray) -> np.ndarray:
+        """The mean over windows of what each says of a frame: [W, frames] to [num_frames]; 0 where none reaches."""
+        total, weight = np.zeros(self.num_frames), np.zeros(self.num_frames)
+        for window, row in enumerate(values):
+            first = self.first_frame(window)
+            stop = min(self.num_frames, first + len(row))
+            total[first:stop] += row[: stop - first]
+            weight[first:stop] += 1
+        return total / np.maximum(weight, 1)
+
+
+def local_activity(audio: np.ndarray, device: str = "cpu") -> Activity:
+    """What the network hears in a recording; audio is 16 kHz float32 [S]."""
     network, size = load_network().to(device), round(WINDOW_S * RATE_HZ)
     starts = window_starts(len(audio))
+    num_frames = max(1, frame_index(len(audio) / RATE_HZ) + 1)
     if len(audio) < size:
         audio = np.pad(audio, (0, size - len(audio)))
     found = []
@@ -164,7 +185,7 @@ def local_activity(audio: np.ndarray, device: str = "cpu") -> tuple[np.ndarray, 
         for first in range(0, len(starts), _BATCH):
             windows = np.stack([audio[start : start + size] for start in starts[first : first + _BATCH]])
             found.append(network(torch.from_numpy(windows).to(device)).cpu().numpy())
-    return starts, np.concatenate(found)
+    return Activity(starts, np.concatenate(found), num_frames)
 
 
 def frame_index(time_s: float) -> int:

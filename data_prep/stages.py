@@ -31,7 +31,7 @@ from data_prep.filter import apart, refused_recording
 from data_prep.ingest import ingest
 from data_prep.manifest import Recording, check_turns, file_digest, manifest_line
 from data_prep.segment import turns_of
-from data_prep.segmentation import RATE_HZ
+from data_prep.segmentation import RATE_HZ, local_activity
 from data_prep.shard import write_atomic
 from data_prep.transcribe import Transcriber
 from data_prep.transcript import Dropped, SpeakerSpan, Transcript, transcript_from_json, unheard
@@ -114,7 +114,7 @@ class StageFile:
             return None
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        body = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        body = _lines(rows)
         head = {"config_digest": self.config_digest, "input_digest": self.input_digest, "sha256": _sha256(body)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, (json.dumps(head) + "\n" + body).encode())
@@ -161,7 +161,7 @@ def run_stages(
 
 def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
     """sha256 of a stage's lines."""
-    return _sha256("".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows))
+    return _sha256(_lines(rows))
 
 
 def recordings_of(rows: Sequence[dict[str, Any]]) -> Iterator[Recording]:
@@ -191,7 +191,8 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
     transcriber = _transcriber(listening.transcribe)
     for channel, audio in enumerate(ingested.audio):
         heard = soxr.resample(audio, SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32, copy=False)
-        transcript = transcriber.transcribe(heard)
+        activity = local_activity(heard, listening.transcribe.device)  # heard once, for words and for speakers
+        transcript = transcriber.transcribe(heard, activity)
         transcript.duration_s = ingested.duration_s
         if by_channel:
             transcript.channel = channel
@@ -201,7 +202,7 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
             transcript.speakers = [SpeakerSpan(0, span.start_s, span.end_s) for span in transcript.speech]
             assign_speakers(transcript)
         elif transcript.words:
-            transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(heard, transcript.speech)
+            transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(heard, transcript.speech, activity)
             assign_speakers(transcript)
         row["transcripts"].append(transcript.as_json())
     return row
@@ -303,6 +304,10 @@ def _dropped(recording: Recording, entry: Dropped, stage: str) -> dict[str, Any]
 
 def _cut(audio: np.ndarray, start_s: float, end_s: float) -> np.ndarray:
     return audio[max(0, round(start_s * SAMPLE_RATE_HZ)) : round(end_s * SAMPLE_RATE_HZ)]
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
 
 
 def _sha256(text: str) -> str:

@@ -23,7 +23,7 @@ from csm.config import TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
 from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
-from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, frame_index, frame_time, local_activity
+from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
 from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words
 
 # What Whisper writes for sounds that are no speech: endings of the films and videos that it learnt from.
@@ -59,9 +59,13 @@ class Transcriber:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
         return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 2, **self._reader.settings}
 
-    def transcribe(self, audio: np.ndarray) -> Transcript:
-        """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`."""
-        speech = find_speech(audio, self.config, self.device)
+    def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
+        """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.
+
+        Args:
+            activity: `local_activity` of it, where that is known already.
+        """
+        speech = find_speech(audio, self.config, self.device, activity)
         if not speech:
             return Transcript()
         segments, language, probability = self._reader.read(audio, windows_of(speech, self.config))
@@ -123,19 +127,12 @@ class _FasterWhisperReader:
         return segments, info.language, float(info.language_probability)
 
 
-def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu") -> list[Span]:
-    """Where anybody speaks in 16 kHz audio, in order, padded, not touching."""
+def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu", activity: Activity | None = None) -> list[Span]:
+    """Where anybody speaks in 16 kHz audio, in order, padded, not touching; `activity` as in `Transcriber.transcribe`."""
     if len(audio) == 0:
         return []
-    starts, activity = local_activity(audio, device)
-    num_frames = max(1, frame_index(len(audio) / RATE_HZ) + 1)
-    total, weight = np.zeros(num_frames), np.zeros(num_frames)
-    for start, window in zip(starts, activity, strict=True):
-        first = round(start / RATE_HZ / FRAME_S)
-        stop = min(num_frames, first + len(window))
-        total[first:stop] += window.max(axis=1)[: stop - first]
-        weight[first:stop] += 1
-    probability = total / np.maximum(weight, 1)
+    activity = local_activity(audio, device) if activity is None else activity
+    probability = activity.averaged(activity.probabilities.max(axis=2))
     spans: list[Span] = []
     begun: int | None = None
     for index, value in enumerate([*probability.tolist(), 0.0]):

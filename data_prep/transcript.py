@@ -37,10 +37,6 @@ class SpeakerSpan:
     start_s: float
     end_s: float
 
-    @property
-    def duration_s(self) -> float:
-        return self.end_s - self.start_s
-
 
 @dataclass
 class Word:
@@ -121,16 +117,21 @@ def runs_of_words(words: Sequence[Word], max_pause_s: float) -> Iterator[list[Wo
         yield run
 
 
+def union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(start_s, end_s) of all spans, in order; those that touch are one."""
+    joined: list[tuple[float, float]] = []
+    for start_s, end_s in sorted(spans):
+        if joined and start_s <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end_s)
+        else:
+            joined.append((start_s, end_s))
+    return joined
+
+
 def unheard(transcript: Transcript) -> list[Dropped]:
     """Speech that no word came of, believed or not, as one entry: laughter, mumbling, what the recogniser passed over."""
-    heard: list[tuple[float, float]] = []  # joined, in order
     entries: list[Word | Dropped] = [*transcript.words, *transcript.dropped]
-    for entry in sorted(entries, key=lambda entry: entry.start_s):
-        start_s, end_s = entry.start_s - _WORD_ROOM_S, entry.end_s + _WORD_ROOM_S
-        if heard and start_s <= heard[-1][1]:
-            heard[-1] = heard[-1][0], max(heard[-1][1], end_s)
-        else:
-            heard.append((start_s, end_s))
+    heard = union([(entry.start_s - _WORD_ROOM_S, entry.end_s + _WORD_ROOM_S) for entry in entries])
     stretches: list[Span] = []
     at = 0
     for span in transcript.speech:

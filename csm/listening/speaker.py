@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, files, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from csm.listening.acoustics import is_silent, mel_spectrogram, resample, trim_silence
+from csm.packaged import packaged_file
 
 RATE_HZ = 16_000
 NUM_MELS = 40
@@ -36,13 +37,8 @@ def find_weights() -> Path:
     Raises:
         FileNotFoundError: if the wheel is not installed.
     """
-    try:
-        entries = files("Resemblyzer") or []
-    except PackageNotFoundError:
-        entries = []
-    for entry in entries:
-        if entry.match("resemblyzer/pretrained.pt"):
-            return Path(str(entry.locate()))
+    if (weights := packaged_file("Resemblyzer", "resemblyzer/pretrained.pt")) is not None:
+        return weights
     raise FileNotFoundError("no speaker encoder here: run `pip install --no-deps Resemblyzer==0.1.4` (its weights are all we use)")
 
 
