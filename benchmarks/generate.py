@@ -46,11 +46,13 @@ class Variant:
     Attributes:
         dtype: of the model.
         weights: of the compiled loop; None is the eager one.
+        guesses: see `NativeLoop`.
     """
 
     is_ours: bool
     dtype: torch.dtype = torch.float32
     weights: str | None = None
+    guesses: bool | None = None
 
     @property
     def bytes_of(self) -> tuple[int, int]:
@@ -59,6 +61,15 @@ class Variant:
             return 2, 1
         return (self.dtype.itemsize,) * 2
 
+    def bytes_read(self, config: ModelConfig, loop: Any, batch_size: int) -> int:
+        """Bytes of weights that a step reads."""
+        backbone, depth = weights_read(config)
+        wide, narrow = self.bytes_of
+        if batch_size == 1 and getattr(loop, "guesses", False):  # all steps in int16, then each weight once in float32
+            once = layer_weights(config.depth_decoder) + config.num_codebooks * config.depth_decoder.width * config.audio_vocab_size
+            return backbone * wide + depth * 2 + once * 4
+        return backbone * wide + depth * narrow
+
 
 VARIANTS = {
     BASELINE: Variant(is_ours=False),
@@ -66,6 +77,7 @@ VARIANTS = {
     "ours float32, eager": Variant(is_ours=True),
     "ours bfloat16, eager": Variant(is_ours=True, dtype=torch.bfloat16),
     "ours float32, compiled": Variant(is_ours=True, weights="float32"),
+    "the same without guesses": Variant(is_ours=True, weights="float32", guesses=False),
     "ours bfloat16, compiled": Variant(is_ours=True, dtype=torch.bfloat16, weights="bfloat16"),
     "ours int8 depth and bfloat16 backbone, compiled": Variant(is_ours=True, weights="int8"),
 }
@@ -124,7 +136,7 @@ class Models:
         for name, variant in VARIANTS.items():
             if variant.is_ours:
                 model = ours[variant.dtype]
-                loops[name] = DepthLoop(model) if variant.weights is None else NativeLoop(model, variant.weights)
+                loops[name] = DepthLoop(model) if variant.weights is None else NativeLoop(model, variant.weights, guesses=variant.guesses)
         return Models(ours, theirs, loops)
 
     def makers(self, batch_size: int) -> dict[str, Callable[[int], Tensor]]:
@@ -143,17 +155,18 @@ def measure_read_rate() -> float:
     return numbers.nbytes / min(_time(numbers.sum).wall_s for _ in range(5))
 
 
+def layer_weights(shape: TransformerConfig) -> int:
+    """Weights of all layers."""
+    attention = shape.width * (2 * shape.width + 2 * shape.num_kv_heads * shape.head_dim)
+    return shape.num_layers * (attention + 3 * shape.width * shape.ffn_width)
+
+
 def weights_read(config: ModelConfig) -> tuple[int, int]:
     """Weights that one frame reads: of the backbone, and of depth decoder and heads, K-1 times where they are."""
-
-    def layers(shape: TransformerConfig) -> int:
-        attention = shape.width * (2 * shape.width + 2 * shape.num_kv_heads * shape.head_dim)
-        return shape.num_layers * (attention + 3 * shape.width * shape.ffn_width)
-
     width, depth_width = config.backbone.width, config.depth_decoder.width
     head = width * config.audio_vocab_size
-    depth = (config.num_codebooks - 1) * (layers(config.depth_decoder) + depth_width * config.audio_vocab_size)
-    return layers(config.backbone), depth + head + width * depth_width
+    depth = (config.num_codebooks - 1) * (layer_weights(config.depth_decoder) + depth_width * config.audio_vocab_size)
+    return layer_weights(config.backbone), depth + head + width * depth_width
 
 
 def measure_speed(models: Models, batch_size: int, num_threads: int, num_frames: int, num_rounds: int) -> dict[str, Timing]:
@@ -187,7 +200,9 @@ def count_calls(models: Models) -> dict[str, int]:
     return counts
 
 
-def speed_table(config: ModelConfig, batch_size: int, num_threads: int, timings: dict[str, Timing], calls: dict[str, int]) -> list[str]:
+def speed_table(
+    config: ModelConfig, models: Models, batch_size: int, num_threads: int, timings: dict[str, Timing], calls: dict[str, int]
+) -> list[str]:
     rate = measure_read_rate()
     peaks = {dtype: measure_matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     backbone, depth = weights_read(config)
@@ -204,7 +219,7 @@ def speed_table(config: ModelConfig, batch_size: int, num_threads: int, timings:
     ]
     for name, timing in timings.items():
         variant = VARIANTS[name]
-        num_bytes = backbone * variant.bytes_of[0] + depth * variant.bytes_of[1]
+        num_bytes = variant.bytes_read(config, models.loops.get(name), batch_size)
         peak = peaks[torch.float32 if variant.bytes_of[0] == 4 else torch.bfloat16]
         floor_s = max(num_bytes / rate, 2 * batch_size * (backbone + depth) / peak)
         columns = [f"{timing.wall_s * 1e3:.1f}", f"{timing.cpu_s * 1e3:.1f}", f"{batch_size / timing.wall_s:.1f}"]
@@ -292,7 +307,7 @@ def main() -> None:
         for num_threads in arguments.threads:
             for batch_size in arguments.batch_sizes:
                 timings = measure_speed(models, batch_size, num_threads, num_frames, num_rounds)
-                table = speed_table(config, batch_size, num_threads, timings, calls)
+                table = speed_table(config, models, batch_size, num_threads, timings, calls)
                 lines += table
                 print("\n".join(table), flush=True)
     table = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,44 @@ def test_compiled_logits_are_those_of_the_model(any_model_config, generator, wei
     with torch.no_grad():
         expected = torch.cat((model.codebook0_head(hidden)[:, None], model.depth_logits(hidden, codes)), dim=1)
     assert float((logits - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_guessed_frames_are_those_of_float32_bit_for_bit(any_model_config, generator, temperature, num_threads):
+    """Also where the guesses are another model's, and so mostly wrong."""
+    model, stranger = loud(any_model_config), NativeLoop(loud(any_model_config, seed=2), guesses=True)
+    plain = NativeLoop(model, guesses=False)
+    guessing = NativeLoop(model, guesses=True, num_threads=num_threads)
+    misled = NativeLoop(model, guesses=True, num_threads=num_threads)
+    misled._guess = stranger._guess
+    kept = {loop: [] for loop in (plain, guessing, misled)}
+    sampler = Sampler([5], 20, any_model_config.num_codebooks, temperature=temperature, top_k=8, min_frames=10)
+    for index, hidden in enumerate(torch.randn(20, 1, any_model_config.backbone.width, generator=generator)):
+        for loop, outputs in kept.items():
+            logits = torch.zeros(1, any_model_config.num_codebooks, any_model_config.audio_vocab_size)
+            outputs += [loop.frame(hidden, sampler, index, logits=logits), logits]
+    for expected, of_guessing, of_misled in zip(*kept.values(), strict=True):
+        assert torch.equal(expected, of_guessing) and torch.equal(expected, of_misled)
+    assert plain.num_checks == 0 and 20 <= guessing.num_checks <= 25
+    assert misled.num_checks > (30 if any_model_config.num_codebooks > 2 else 20)
+
+
+def test_who_guesses(generator):
+    config = tiny_config()
+    wide = replace(config, depth_decoder=replace(config.depth_decoder, ffn_width=6_000))  # 576,000 weights: 2.3 MB
+    small, large = loud(config), loud(wide)
+    hidden = torch.randn(2, small.config.backbone.width, generator=generator)
+    sampler = Sampler([0, 1], 1, small.config.num_codebooks, temperature=0.9, top_k=8)
+    large_loop = NativeLoop(large)
+    large_loop.frame(hidden, sampler, 0)
+    assert large_loop.num_checks == 0, "a batch is not guessed"
+    large_loop.frame(hidden[:1], Sampler([0], 1, small.config.num_codebooks, temperature=0.9, top_k=8), 0)
+    assert large_loop.num_checks >= 1
+    assert large_loop.guesses and not NativeLoop(small).guesses, "a depth decoder that a core's cache holds is read fast as it is"
+    assert not NativeLoop(large, "int8").guesses
+    with pytest.raises(ValueError, match="guesses=True is for float32 weights, these are int8"):
+        NativeLoop(small, "int8", guesses=True)
 
 
 def test_int8_and_bfloat16_models_speak_through_the_compiled_loop(speaking_model, small_codec, word_tokenizer, make_codes):

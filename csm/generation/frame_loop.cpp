@@ -6,6 +6,10 @@
 // float32 weights run in float32; bfloat16 weights meet activations rounded to bfloat16 and sum in float32; int8 weights meet
 // activations as 16-bit fixed point, a scale a row, in two bytes, and sum exactly. The last two run in AMX tiles where the
 // machine has them. A row's result does not depend on the other rows, nor on the number of threads.
+//
+// For one row of float32 a second, int16 copy of the depth decoder may guess: it draws the whole frame, which reads half the
+// bytes, then the float32 weights, read once for all positions, draw each code anew from what was guessed before it. The
+// first code that differs is put right and the guessing goes on behind it, so the frame is the float32 loop's, bit for bit.
 
 #include <sched.h>
 
@@ -15,12 +19,15 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
 #define CSM_AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,19 +36,20 @@ typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint8_t c16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int PANEL = 32;
 
 // The structures below are mirrored, field by field, by ctypes structures in native.py.
-enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT16 = 3 };
 
-// weight: FLOAT32 [out / 32][in][32], BFLOAT16 [out / 32][in / 32][2][16 pairs of inputs][16 outputs][2], INT8 [out / 32]
+// weight: FLOAT32 and INT16 [out / 32][in][32], BFLOAT16 [out / 32][in / 32][2][16 pairs of inputs][16 outputs][2], INT8 [out / 32]
 // [in / 64][2][16 fours of inputs][16 outputs][4].
 struct Linear {
     const void* weight;
-    const float* scale;  // [out], INT8 only
+    const float* scale;  // [out], INT8 and INT16 only
     int64_t in, out, kind;  // out padded to a multiple of 32, in to one of 32, or 64 for INT8
 };
 
@@ -90,6 +98,8 @@ static float load(float value) { return value; }
 static float load(uint16_t value) { return from_bfloat16(value); }
 static v16 load16(const float* from) { return *(const v16*)from; }
 static v16 load16(const uint16_t* from) { return (v16)(__builtin_convertvector(*(const h16*)from, u16) << 16); }
+
+static v16 all16(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }  // from memory a load, no more
 
 static v16 exp16(v16 x) {  // Cephes' expf: relative error below 2e-7 in the range kept
     const v16 low = v16{} - 87.0f, high = v16{} + 88.0f;
@@ -155,26 +165,37 @@ struct Scratch {
     int tile_rows = 0;  // as the tiles are set
 };
 
-// R rows by one panel; x: [in][R], side by side, so that a step's inputs share a cache line.
-template <int R>
-static void block_float32(const float* weight, const float* x, int64_t in, float* out) {
-    v16 sums[R][2] = {};
-    for (int64_t i = 0; i < in; ++i) {
-        // 2 kB ahead, over the end of the panel into what is read next: at 8 rows 30 instead of 26 GB/s.
-        __builtin_prefetch(weight + PANEL * i + 512);
-        __builtin_prefetch(weight + PANEL * i + 528);
-        const v16 w0 = load16(weight + PANEL * i), w1 = load16(weight + PANEL * i + 16);
+static v16 weight16(const float* from) { return load16(from); }
+static v16 weight16(const int16_t* from) {
+#ifdef __AVX512F__  // GCC 12 makes two halves of the portable form
+    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from)));
+#else
+    return __builtin_convertvector(*(const s16*)from, v16);
+#endif
+}
+
+// R rows by one panel of float32 or int16; x: [in][R], side by side, so that a step's inputs share a cache line.
+template <int R, class Number>
+static void block_float32(const Number* weight, const float* x, int64_t in, float* out) {
+    constexpr int CHAINS = sizeof(Number) == 2 && R == 1 ? 2 : 1;  // a sum waits 4 cycles for its last product: longer than for int16
+    v16 sums[CHAINS][R][2] = {};
+    for (int64_t i = 0; i < in; i += CHAINS)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < CHAINS; ++chain) {
+            const Number* at = weight + PANEL * (i + chain);
+            // 2 kB ahead, over the end of the panel into what is read next: at 8 rows 30 instead of 26 GB/s.
+            constexpr int64_t AHEAD = 2048 / sizeof(Number), LINE = 64 / sizeof(Number);
+            for (int64_t line = 0; line < PANEL; line += LINE) __builtin_prefetch(at + AHEAD + line);
+            const v16 w0 = weight16(at), w1 = weight16(at + 16);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const v16 value = v16{} + x[i * R + r];
-            sums[r][0] += w0 * value;
-            sums[r][1] += w1 * value;
+            for (int r = 0; r < R; ++r) {
+                const v16 value = all16(x[(i + chain) * R + r]);
+                sums[chain][r][0] += w0 * value;
+                sums[chain][r][1] += w1 * value;
+            }
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        *(v16*)(out + r * PANEL) = sums[r][0];
-        *(v16*)(out + r * PANEL + 16) = sums[r][1];
-    }
+    for (int r = 0; r < R; ++r)
+        for (int half = 0; half < 2; ++half) *(v16*)(out + r * PANEL + 16 * half) = sums[0][r][half] + (CHAINS > 1 ? sums[CHAINS - 1][r][half] : v16{});
 }
 
 static int rows_in_block(int rows) { return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
@@ -191,7 +212,8 @@ static void lay_side_by_side(const float* x, int64_t stride, int64_t in, int row
     }
 }
 
-static void rows_float32(const float* weight, const float* x, int64_t in, int rows, float* out) {
+template <class Number>
+static void rows_float32(const Number* weight, const float* x, int64_t in, int rows, float* out) {
     while (rows > 0) {
         const int taken = rows_in_block(rows);
         if (taken == 8) block_float32<8>(weight, x, in, out);
@@ -314,7 +336,7 @@ static void multiply(const Linear& linear, const float* x, int64_t stride, int r
     int64_t first, last;
     team.range(linear.out / PANEL, first, last);
     const int64_t in = linear.in;
-    if (linear.kind == FLOAT32) {
+    if (linear.kind == FLOAT32 || linear.kind == INT16) {
         lay_side_by_side(x, stride, in, rows, scratch.laid);
     } else if (linear.kind == BFLOAT16) {
         scratch.narrow.resize(size_t(rows) * in);
@@ -325,7 +347,7 @@ static void multiply(const Linear& linear, const float* x, int64_t stride, int r
         for (int r = 0; r < rows; ++r)
             scratch.unit[r] = to_fixed_point(x + r * stride, std::min(stride, in), in, scratch.high.data() + r * in, scratch.low.data() + r * in);
     }
-    const int64_t panel_bytes = in * PANEL * (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
+    const int64_t panel_bytes = in * PANEL * (linear.kind == FLOAT32 ? 4 : linear.kind == INT8 ? 1 : 2);
     for (int64_t p = first; p < last; ++p) {
         const char* panel = (const char*)linear.weight + p * panel_bytes;
         for (int start = 0; start < rows; start += 16) {
@@ -333,6 +355,10 @@ static void multiply(const Linear& linear, const float* x, int64_t stride, int r
             const int64_t at = start * in;
             if (linear.kind == FLOAT32) {
                 rows_float32((const float*)panel, scratch.laid.data() + at, in, taken, scratch.tile);
+            } else if (linear.kind == INT16) {
+                rows_float32((const int16_t*)panel, scratch.laid.data() + at, in, taken, scratch.tile);
+                for (int i = 0; i < taken * PANEL; i += 16)
+                    *(v16*)(scratch.tile + i) *= load16(linear.scale + p * PANEL + i % PANEL);
             } else if (linear.kind == BFLOAT16) {
 #ifdef CSM_AMX
                 if (scratch.use_tiles) tiles_bfloat16(linear, panel, scratch.narrow.data() + at, taken, scratch.tile, scratch);
@@ -550,6 +576,115 @@ static void run_team(int num_threads, bool use_tiles, Body body) {
     for (std::thread& thread : threads) thread.join();
 }
 
+// The drawing of a frame's codes, shared by the threads of a team.
+struct Frame {
+    const float *hidden, *noise;  // [B, D]; [K, B], null when greedy
+    float temperature;
+    int64_t top_k;
+    bool forbids_eos;
+    int64_t* codes;  // [B, K]
+    float* logits_out;  // [B, K, V], or null
+    int batch_size;
+};
+
+// A depth decoder at work: its caches, and room for the rows of a step.
+struct Decoder {
+    const Depth& depth;
+    const Cache& cache;
+    Rows rows;
+    std::vector<float> logits, outputs;
+    Decoder(const Depth& depth, const Cache& cache, int num_rows)
+        : depth(depth), cache(cache), rows(depth.stack, num_rows), logits(cache.batch_size * depth.heads[0].out),
+          outputs(cache.batch_size * rows.stride, 0) {}
+
+    void project(const Frame& frame, const Team& team, Scratch& scratch) {  // the hidden state into every second row
+        multiply(depth.projection, frame.hidden, depth.projection.in, frame.batch_size, team, scratch, [&](int64_t panel, int row, v16* sums) {
+            v16* place = (v16*)(rows.x.data() + 2 * row * rows.stride + panel * PANEL);
+            place[0] = sums[0], place[1] = sums[1];
+        });
+    }
+
+    void read(int64_t codebook, int64_t code, float* x) const {  // the embedding of a code
+        const int64_t width = depth.stack.width, at = (codebook * depth.vocab_size + code) * width;
+        for (int64_t i = 0; i < width; ++i)
+            x[i] = depth.tables_are_bfloat16 ? load(((const uint16_t*)depth.tables)[at + i]) : ((const float*)depth.tables)[at + i];
+    }
+
+    void predict(int64_t codebook, const float* x, int64_t stride, const Team& team, Scratch& scratch) {
+        multiply(depth.heads[codebook], x, stride, int(cache.batch_size), team, scratch, [&](int64_t panel, int row, v16* sums) {
+            v16* place = (v16*)(logits.data() + row * depth.heads[0].out + panel * PANEL);
+            place[0] = sums[0], place[1] = sums[1];
+        });
+    }
+
+    int64_t draw(const Frame& frame, int64_t codebook, int64_t b, bool keeps_logits, Scratch& scratch) {
+        float* row = logits.data() + b * depth.heads[0].out;
+        const int64_t vocab_size = depth.vocab_size;
+        if (codebook == 0 && frame.forbids_eos) row[0] = -std::numeric_limits<float>::infinity();
+        if (keeps_logits && frame.logits_out)
+            std::copy_n(row, vocab_size, frame.logits_out + (b * depth.num_codebooks + codebook) * vocab_size);
+        const float uniform = frame.noise ? frame.noise[codebook * frame.batch_size + b] : 0.0f;
+        return sample(row, vocab_size, uniform, frame.temperature, frame.top_k, scratch);
+    }
+
+    void draw_first(const Frame& frame, const Team& team, Scratch& scratch) {
+        predict(0, frame.hidden, depth.projection.in, team, scratch);
+        team.barrier->wait();
+        for (int b = team.index; b < frame.batch_size; b += team.size)
+            frame.codes[b * depth.num_codebooks] = draw(frame, 0, b, true, scratch);
+        team.barrier->wait();
+    }
+
+    // Codebooks `first` .. K-1, one after the other, behind codes that are there.
+    void draw_rest(const Frame& frame, int64_t first, bool keeps_logits, const Team& team, Scratch& scratch) {
+        if (first == 1) project(frame, team, scratch);
+        for (int64_t step = first; step < depth.num_codebooks; ++step) {
+            const int num_new = step == 1 ? 2 : 1;  // the hidden state and codebook 0 go in together
+            for (int b = team.index; b < frame.batch_size; b += team.size)
+                read(step - 1, frame.codes[b * depth.num_codebooks + step - 1], rows.x.data() + (num_new * b + num_new - 1) * rows.stride);
+            team.barrier->wait();
+            run_layers(depth.stack, cache, rows, frame.batch_size, num_new, step == 1 ? 0 : step, nullptr, team, scratch);
+            const float* last = rows.x.data();
+            if (num_new == 2) {  // of the two rows, the second predicts
+                for (int b = team.index; b < frame.batch_size; b += team.size)
+                    std::copy_n(rows.x.data() + (2 * b + 1) * rows.stride, rows.stride, outputs.data() + b * rows.stride);
+                team.barrier->wait();
+                last = outputs.data();
+            }
+            const float* normed = normalise(last, rows.stride, frame.batch_size, depth.stack.width, depth.stack.eps, nullptr, scratch);
+            predict(step, normed, rows.stride, team, scratch);
+            team.barrier->wait();
+            for (int b = team.index; b < frame.batch_size; b += team.size)
+                frame.codes[b * depth.num_codebooks + step] = draw(frame, step, b, keeps_logits, scratch);
+        }  // the thread that drew a row's code is the one that reads it
+        team.barrier->wait();
+    }
+
+    // Of a batch of one: draw codebooks `first` .. K-1 anew, all positions in one pass over guessed codes. Puts the first
+    // wrong one right and returns the codebook behind it, or K.
+    int64_t check(const Frame& frame, int64_t first, const Team& team, Scratch& scratch, int64_t& shared) {
+        const int64_t num_codebooks = depth.num_codebooks, extra = first == 1, num_new = num_codebooks - first + extra;
+        if (extra) project(frame, team, scratch);
+        for (int64_t step = first + team.index; step < num_codebooks; step += team.size)
+            read(step - 1, frame.codes[step - 1], rows.x.data() + (step - first + extra) * rows.stride);
+        team.barrier->wait();
+        run_layers(depth.stack, cache, rows, 1, int(num_new), first - extra, nullptr, team, scratch);
+        for (int64_t step = first; step < num_codebooks; ++step) {
+            const float* x = rows.x.data() + (step - first + extra) * rows.stride;
+            predict(step, normalise(x, rows.stride, 1, depth.stack.width, depth.stack.eps, nullptr, scratch), rows.stride, team, scratch);
+            team.barrier->wait();
+            if (team.index == 0) shared = draw(frame, step, 0, true, scratch);
+            team.barrier->wait();
+            if (shared == frame.codes[step]) continue;
+            team.barrier->wait();  // all have compared
+            if (team.index == 0) frame.codes[step] = shared;
+            team.barrier->wait();
+            return step + 1;
+        }
+        return num_codebooks;
+    }
+};
+
 extern "C" {
 
 // Whether tiles can be used: asks the kernel for them, which it wants once a process.
@@ -577,55 +712,25 @@ void csm_backbone_step(const Stack* stack, const Cache* cache, const float* embe
 }
 
 // Draw a frame from hidden [B, D]. noise: [K, B], null when greedy; codes: [B, K], written; logits_out: [B, K, V], written,
-// or null.
-void csm_frame(const Depth* depth, const Cache* cache, const float* hidden, const float* noise, float temperature, int64_t top_k,
-               int forbids_eos, int64_t* codes, float* logits_out, int num_threads) {
-    const Stack& stack = depth->stack;
-    const int batch_size = int(cache->batch_size);
-    const int64_t num_codebooks = depth->num_codebooks, vocab_size = depth->vocab_size, width = stack.width;
-    const int64_t hidden_width = depth->projection.in, logits_stride = depth->heads[0].out;
-    Rows rows(stack, 2 * batch_size);
-    std::vector<float> logits(batch_size * logits_stride), outputs(batch_size * rows.stride, 0);
-    const auto keep_logits = [&](int64_t panel, int row, v16* sums) {
-        v16* place = (v16*)(logits.data() + row * logits_stride + panel * PANEL);
-        place[0] = sums[0], place[1] = sums[1];
-    };
-    run_team(num_threads, stack.use_tiles, [&](const Team& team, Scratch& scratch) {
-        multiply(depth->projection, hidden, hidden_width, batch_size, team, scratch, [&](int64_t panel, int row, v16* sums) {
-            v16* place = (v16*)(rows.x.data() + 2 * row * rows.stride + panel * PANEL);
-            place[0] = sums[0], place[1] = sums[1];
-        });
-        for (int64_t step = 0; step < num_codebooks; ++step) {
-            const int num_new = step == 1 ? 2 : 1;  // the hidden state and codebook 0 go in together
-            if (step == 0) {
-                multiply(depth->heads[0], hidden, hidden_width, batch_size, team, scratch, keep_logits);
-            } else {
-                run_layers(stack, *cache, rows, batch_size, num_new, step == 1 ? 0 : step, nullptr, team, scratch);
-                const float* last = rows.x.data();
-                if (num_new == 2) {  // of the two rows, the second predicts
-                    for (int b = team.index; b < batch_size; b += team.size)
-                        std::copy_n(rows.x.data() + (2 * b + 1) * rows.stride, rows.stride, outputs.data() + b * rows.stride);
-                    team.barrier->wait();
-                    last = outputs.data();
-                }
-                const float* normed = normalise(last, rows.stride, batch_size, width, stack.eps, nullptr, scratch);
-                multiply(depth->heads[step], normed, rows.stride, batch_size, team, scratch, keep_logits);
-            }
-            team.barrier->wait();
-            for (int b = team.index; b < batch_size; b += team.size) {
-                float* row = logits.data() + b * logits_stride;
-                if (step == 0 && forbids_eos) row[0] = -std::numeric_limits<float>::infinity();
-                const int64_t code = sample(row, vocab_size, noise ? noise[step * batch_size + b] : 0.0f, temperature, top_k, scratch);
-                codes[b * num_codebooks + step] = code;
-                if (logits_out) std::copy_n(row, vocab_size, logits_out + (b * num_codebooks + step) * vocab_size);
-                if (step + 1 == num_codebooks) continue;
-                float* x = rows.x.data() + (step == 0 ? 2 * b + 1 : b) * rows.stride;
-                const int64_t at = (step * vocab_size + code) * width;
-                for (int64_t i = 0; i < width; ++i)
-                    x[i] = depth->tables_are_bfloat16 ? load(((const uint16_t*)depth->tables)[at + i]) : ((const float*)depth->tables)[at + i];
-            }
-            team.barrier->wait();
+// or null. guess and guess_cache, for B = 1, or null: a copy of the decoder that is read faster.
+// Returns how many times the guesses were checked.
+int csm_frame(const Depth* depth, const Cache* cache, const Depth* guess, const Cache* guess_cache, const float* hidden, const float* noise,
+              float temperature, int64_t top_k, int forbids_eos, int64_t* codes, float* logits_out, int num_threads) {
+    const Frame frame{hidden, noise, temperature, top_k, forbids_eos != 0, codes, logits_out, int(cache->batch_size)};
+    const int64_t num_codebooks = depth->num_codebooks;
+    Decoder decoder(*depth, *cache, guess ? int(num_codebooks) : 2 * frame.batch_size);
+    std::unique_ptr<Decoder> guesser(guess ? new Decoder(*guess, *guess_cache, 2) : nullptr);
+    int num_checks = 0;
+    int64_t shared = 0;
+    run_team(num_threads, depth->stack.use_tiles, [&](const Team& team, Scratch& scratch) {
+        decoder.draw_first(frame, team, scratch);
+        if (!guesser) return decoder.draw_rest(frame, 1, true, team, scratch);
+        for (int64_t first = 1; first < num_codebooks;) {
+            guesser->draw_rest(frame, first, false, team, scratch);
+            first = decoder.check(frame, first, team, scratch, shared);
+            if (team.index == 0) ++num_checks;
         }
     });
+    return num_checks;
 }
 }

@@ -3,6 +3,10 @@
 At batch 1 a frame reads the depth decoder's weights 31 times, so its speed is that of memory, and PyTorch's thousands of small
 calls, temporaries and (in bfloat16) slow one-row products come on top. This loop reads what has to be read. Weights stay
 float32, or are bfloat16, or int8 with a scale for each output (depth decoder and heads; the backbone is then bfloat16).
+
+For one row of float32 the depth decoder may guess first: speculative decoding (Leviathan et al., 2023, arXiv:2211.17192) with
+an int16 copy of itself as the draft, and with the same noise for guess and check, so that frames are bit for bit those of the
+float32 weights.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ PANEL = 32
 _CHUNK_BYTES = 64 * 2**20
 _WEIGHTS_OF_A_THREAD = 2**18  # of a layer, to be worth its waiting for the others five times: the demo's have fewer
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_INT16 = 3
+_WORTH_GUESSING = 2**19  # weights of the depth decoder's layers that no core's own cache holds (2 MiB): the demo's are fewer
 _SOURCE = Path(__file__).with_name("frame_loop.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 
@@ -83,15 +89,29 @@ class NativeLoop:
             scale an output, the backbone in bfloat16.
         use_tiles: whether AMX may be used where the machine has it.
         num_threads: None is torch's number, up to what the depth decoder's layers are worth.
+        guesses: whether the frame of a single row is guessed by an int16 copy of the depth decoder, which takes half its memory
+            again, and then checked in float32: the same codes, sooner. None: with float32 weights too large for a core's cache.
+
+    Attributes:
+        guesses: whether it does.
+        num_checks: passes of float32 over guessed frames so far; one a frame where no guess was wrong.
     Raises:
         ValueError: if the model is elsewhere, or the loop cannot be compiled here.
     """
 
     @torch.no_grad()
-    def __init__(self, model: CSM, weights: str | None = None, *, use_tiles: bool = True, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: CSM,
+        weights: str | None = None,
+        *,
+        use_tiles: bool = True,
+        num_threads: int | None = None,
+        guesses: bool | None = None,
+    ) -> None:
         if model.projection.weight.device.type != "cpu":
             raise ValueError(f"the compiled frame loop is for the CPU, the model is on {model.projection.weight.device}")
-        config = model.config
+        config = self._config = model.config
         self.weights = str(model.projection.weight.dtype).removeprefix("torch.") if weights is None else weights
         if self.weights not in KINDS:
             raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(KINDS)}")
@@ -103,25 +123,15 @@ class NativeLoop:
         self._kept: list[Any] = []  # what the structures point into
         self._chunk, self._free = torch.zeros(0, dtype=torch.uint8), 0
         kind = self.weights
-        self._backbone = self._stack(model.backbone, config.max_seq_len, "bfloat16" if kind == "int8" else kind, with_last_scale=True)
-        depth_scale = model.decoder.norm.scale.float()
-        heads = [self._linear(model.codebook0_head.weight.float(), kind)]
-        heads += [self._linear((head.float() * depth_scale[:, None]).T, kind) for head in model.audio_head]
-        table = F.linear(model.audio_embeddings.weight.float(), model.projection.weight.float())
-        table = table if kind == "float32" else table.bfloat16()
-        self._depth = _Depth(
-            self._stack(model.decoder, self.num_codebooks, kind, with_last_scale=False),
-            self._keep((_Linear * len(heads))(*heads)),
-            self._linear(model.projection.weight.float(), kind),
-            self._place(table),
-            int(kind != "float32"),
-            self.num_codebooks,
-            self.vocab_size,
+        self._backbone = self._stack(
+            model.backbone, config.max_seq_len, KINDS["bfloat16" if kind == "int8" else kind], with_last_scale=True
         )
-        self._depth_config = config.depth_decoder
-        self._depth_cache = _Cache()
-        self._depth_keys = torch.zeros(0)
-        self._depth_values = torch.zeros(0)
+        self._depth = self._depth_decoder(model, KINDS[kind])
+        self.guesses = self._shall_guess(guesses)
+        self._guess = self._depth_decoder(model, _INT16, shared=self._depth) if self.guesses else None
+        self._depth_cache, self._guess_cache = _Cache(), _Cache()
+        self._depth_kept: list[Tensor] = []
+        self.num_checks = 0
 
     def step(self, embeds: Tensor, cache: KVCache) -> Tensor:
         """The backbone's state after one more position a row: embeds [B, D] -> hidden [B, D], both in the model's dtype."""
@@ -158,16 +168,17 @@ class NativeLoop:
         """
         batch_size = hidden.shape[0]
         if batch_size != self._depth_cache.batch_size:
-            config = self._depth_config
-            size = (config.num_layers, batch_size, config.num_kv_heads, self.num_codebooks, config.head_dim)
-            self._depth_keys, self._depth_values = torch.zeros(size), torch.zeros(size)
-            self._depth_cache = _Cache(self._depth_keys.data_ptr(), self._depth_values.data_ptr(), 0, batch_size, self.num_codebooks)
+            self._depth_kept = []
+            self._depth_cache, self._guess_cache = self._empty_cache(batch_size), self._empty_cache(batch_size)
+        guess = self._guess if batch_size == 1 else None
         wide = F.pad(hidden.float(), (0, self._depth.projection.inputs - hidden.shape[1])).contiguous()
         noise = sampler.noise_of_frame(frame_index)
         codes = torch.empty(batch_size, self.num_codebooks, dtype=torch.int64)
-        self._library.csm_frame(
+        self.num_checks += self._library.csm_frame(
             ctypes.byref(self._depth),
             ctypes.byref(self._depth_cache),
+            None if guess is None else ctypes.byref(guess),
+            ctypes.byref(self._guess_cache),
             wide.data_ptr(),
             None if noise is None else noise.data_ptr(),
             sampler.temperature,
@@ -182,9 +193,24 @@ class NativeLoop:
     def _num_threads(self) -> int:
         if self._fixed_num_threads is not None:
             return self._fixed_num_threads
-        config = self._depth_config
-        num_weights = config.width * (2 * config.width + 2 * config.num_kv_heads * config.head_dim + 3 * config.ffn_width)
-        return max(1, min(torch.get_num_threads(), num_weights // _WEIGHTS_OF_A_THREAD))
+        return max(1, min(torch.get_num_threads(), self._weights_of_a_layer() // _WEIGHTS_OF_A_THREAD))
+
+    def _weights_of_a_layer(self) -> int:
+        config = self._config.depth_decoder
+        return config.width * (2 * config.width + 2 * config.num_kv_heads * config.head_dim + 3 * config.ffn_width)
+
+    def _shall_guess(self, asked: bool | None) -> bool:
+        if asked and self.weights != "float32":
+            raise ValueError(f"guesses=True is for float32 weights, these are {self.weights}; leave it out")
+        num_weights = self._config.depth_decoder.num_layers * self._weights_of_a_layer()
+        return self.weights == "float32" and (num_weights > _WORTH_GUESSING if asked is None else asked)
+
+    def _empty_cache(self, batch_size: int) -> _Cache:
+        config = self._config.depth_decoder
+        size = (batch_size, config.num_kv_heads, self.num_codebooks, config.head_dim)
+        keys, values = (torch.zeros(config.num_layers, *size) for _ in range(2))
+        self._depth_kept += [keys, values]
+        return _Cache(keys.data_ptr(), values.data_ptr(), 0, batch_size, self.num_codebooks)
 
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
@@ -204,7 +230,23 @@ class NativeLoop:
         self._free += size
         return place.data_ptr()
 
-    def _stack(self, transformer: Transformer, max_positions: int, kind: str, *, with_last_scale: bool) -> _Stack:
+    def _depth_decoder(self, model: CSM, kind: int, *, shared: _Depth | None = None) -> _Depth:
+        """The depth decoder and all heads in one kind of weights; what a frame reads once is taken from `shared`."""
+        depth_scale = model.decoder.norm.scale.float()
+        first_head = shared.heads[0] if shared else self._linear(model.codebook0_head.weight.float(), kind)
+        heads = [first_head, *(self._linear((head.float() * depth_scale[:, None]).T, kind) for head in model.audio_head)]
+        stack = self._stack(model.decoder, self.num_codebooks, kind, with_last_scale=False)
+        if shared:
+            projection, tables, are_narrow = shared.projection, shared.tables, shared.tables_are_bfloat16
+        else:
+            table = F.linear(model.audio_embeddings.weight.float(), model.projection.weight.float())
+            are_narrow = kind != KINDS["float32"]
+            projection = self._linear(model.projection.weight.float(), kind)
+            tables = self._place(table.bfloat16() if are_narrow else table)
+        kept = self._keep((_Linear * len(heads))(*heads))
+        return _Depth(stack, kept, projection, tables, int(are_narrow), self.num_codebooks, self.vocab_size)
+
+    def _stack(self, transformer: Transformer, max_positions: int, kind: int, *, with_last_scale: bool) -> _Stack:
         config = transformer.config
         layers = []
         for layer in transformer.layers:
@@ -232,20 +274,28 @@ class NativeLoop:
             config.norm_eps,
         )
 
-    def _linear(self, weight: Tensor, kind: str) -> _Linear:
+    def _linear(self, weight: Tensor, kind: int) -> _Linear:
         """Pack a weight [out, in]; see `Linear` in frame_loop.cpp for the layouts."""
-        weight = _padded(weight.detach(), PANEL, 2 * PANEL if kind == "int8" else PANEL)
+        weight = _padded(weight.detach(), PANEL, 2 * PANEL if kind == KINDS["int8"] else PANEL)
         num_outputs, num_inputs = weight.shape
         scale = None
-        if kind == "float32":
-            packed = weight.view(-1, PANEL, num_inputs).transpose(1, 2)
-        elif kind == "bfloat16":  # [panel, half, output, block, pair, 2] -> [panel, block, half, pair, output, 2]
+        if kind == KINDS["float32"]:
+            packed = _in_panels(weight)
+        elif kind == KINDS["bfloat16"]:  # [panel, half, output, block, pair, 2] -> [panel, block, half, pair, output, 2]
             packed = weight.bfloat16().view(-1, 2, 16, num_inputs // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
         else:
-            scale = self._keep((weight.abs().amax(dim=1) / 127).clamp(min=1e-20))
-            whole = (weight / scale[:, None]).round().to(torch.int8)
-            packed = whole.view(-1, 2, 16, num_inputs // 64, 16, 4).permute(0, 3, 1, 4, 2, 5)
-        return _Linear(self._place(packed), None if scale is None else scale.data_ptr(), num_inputs, num_outputs, KINDS[kind])
+            highest = 32767 if kind == _INT16 else 127
+            scale = self._keep((weight.abs().amax(dim=1) / highest).clamp(min=1e-20))
+            whole = (weight / scale[:, None]).round()
+            if kind == _INT16:
+                packed = _in_panels(whole.to(torch.int16))
+            else:
+                packed = whole.to(torch.int8).view(-1, 2, 16, num_inputs // 64, 16, 4).permute(0, 3, 1, 4, 2, 5)
+        return _Linear(self._place(packed), None if scale is None else scale.data_ptr(), num_inputs, num_outputs, kind)
+
+
+def _in_panels(weight: Tensor) -> Tensor:
+    return weight.view(-1, PANEL, weight.shape[1]).transpose(1, 2)
 
 
 def _padded(weight: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -278,8 +328,9 @@ def compiled_loop() -> ctypes.CDLL:
     library.csm_has_tiles.argtypes, library.csm_has_tiles.restype = [], ctypes.c_int
     library.csm_backbone_step.argtypes = [pointer, pointer, pointer, pointer, number, pointer, ctypes.c_int]
     library.csm_backbone_step.restype = None
-    library.csm_frame.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_float, number, ctypes.c_int, pointer, pointer, ctypes.c_int]
-    library.csm_frame.restype = None
+    sampling = [ctypes.c_float, number, ctypes.c_int]
+    library.csm_frame.argtypes = [*[pointer] * 6, *sampling, pointer, pointer, ctypes.c_int]
+    library.csm_frame.restype = ctypes.c_int
     return library
 
 
