@@ -328,8 +328,8 @@ def compiled_loop() -> ctypes.CDLL:
     library.csm_has_tiles.argtypes, library.csm_has_tiles.restype = [], ctypes.c_int
     library.csm_backbone_step.argtypes = [pointer, pointer, pointer, pointer, number, pointer, ctypes.c_int]
     library.csm_backbone_step.restype = None
-    sampling = [ctypes.c_float, number, ctypes.c_int]
-    library.csm_frame.argtypes = [*[pointer] * 6, *sampling, pointer, pointer, ctypes.c_int]
+    models = [pointer, pointer, pointer, pointer]
+    library.csm_frame.argtypes = models + [pointer, pointer, ctypes.c_float, number, ctypes.c_int, pointer, pointer, ctypes.c_int]
     library.csm_frame.restype = ctypes.c_int
     return library
 

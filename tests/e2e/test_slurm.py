@@ -54,7 +54,7 @@ def at_its_limit(cluster: SlurmCluster) -> tuple[str, Path]:
     SLURM looks at time limits every 30 s, which the tests before its own use; then it lets the job go on and sends the signal.
     """
     job = cluster.sbatch(
-        *TWO_TASKS, "--time=2", "--signal=USR1@80", "slurm/train.sbatch", *TINY, f"trainer.max_steps={NUM_STEPS}",
+        *TWO_TASKS, "--time=2", "--signal=USR1@60", "slurm/train.sbatch", *TINY, f"trainer.max_steps={NUM_STEPS}",
         "trainer.checkpoint_every=0", "logger=wandb", "logger.mode=offline",
     )  # fmt: skip
     run_dir = cluster.home / "runs" / "slurm" / job
@@ -139,7 +139,7 @@ def test_run_at_its_time_limit_is_saved_queued_again_and_finished_as_if_nothing_
     cluster: SlurmCluster, at_its_limit: tuple[str, Path]
 ) -> None:
     job, run_dir = at_its_limit
-    assert cluster.wait(job, timeout=120) == ["COMPLETED"], cluster.output(job)
+    assert cluster.wait(job, timeout=180) == ["COMPLETED"], cluster.output(job)
     restarts = int(cluster.job(job)["Restarts"])
     assert restarts >= 1  # more where this machine is so slow that the next start comes to its limit too
     assert _steps(run_dir) == list(range(1, NUM_STEPS + 1))
