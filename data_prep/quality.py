@@ -1,35 +1,18 @@
-"""How good a turn sounds, and how much of it is speech: numbers that filters and users choose by.
-
-DNSMOS is heard by the network of the `speechmos` wheel (Microsoft, MIT), run by onnxruntime; the package around it would
-bring librosa and numba to do the same.
+"""How good a turn sounds, and how much of it is speech: numbers that filters and users choose by. DNSMOS is
+`csm.listening.naturalness`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import soxr
 
 from csm.frames import SAMPLE_RATE_HZ
-from csm.packaged import packaged_file
 from data_prep.ingest import FULL_SCALE
 from data_prep.manifest import ManifestTurn
 from data_prep.transcript import Span
 
-DNSMOS_SHA256 = "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
-DNSMOS_S = 9.05  # a little more than the 9.01 s that the network hears
-_DNSMOS_HZ, _DNSMOS_SAMPLES = 16_000, 144_160
-# Raw outputs to scores of people; the published polynomials of DNSMOS P.835 (Reddy et al. 2022), highest power first.
-_POLYNOMIALS = {
-    "dnsmos_signal": (-0.08397278, 1.22083953, 0.0052439),
-    "dnsmos_background": (-0.13166888, 1.60915514, -0.39604546),
-    "dnsmos": (-0.06766283, 1.11546468, 0.04602535),
-}
 _FRAME = SAMPLE_RATE_HZ // 50
 _AROUND_S = 1.5  # before and after a turn: where its background is listened to
 _MIN_BACKGROUND_S = 0.2
@@ -110,45 +93,6 @@ def bandwidth_hz(clip: np.ndarray) -> float:
     smooth = np.convolve(power, np.ones(9) / 9, mode="same")
     above = np.flatnonzero(smooth > smooth.max() * 10 ** (-_BANDWIDTH_DB / 10))
     return round(float(above[-1] + 1) * SAMPLE_RATE_HZ / size, 1) if above.size else 0.0
-
-
-def dnsmos(audio: np.ndarray, middle_s: float) -> dict[str, float]:
-    """Signal, background and overall quality, 1 to 5, of 9 s of a recording around a time; a shorter recording is repeated.
-
-    Args:
-        audio: 24 kHz float32 [S], the recording: a short turn cut out of it and repeated would score a point lower.
-    Raises:
-        FileNotFoundError: if the network is not installed.
-    """
-    size = round(DNSMOS_S * SAMPLE_RATE_HZ)
-    begin = max(0, min(round(middle_s * SAMPLE_RATE_HZ) - size // 2, len(audio) - size))
-    heard = soxr.resample(audio[begin : begin + size], SAMPLE_RATE_HZ, _DNSMOS_HZ).astype(np.float32)
-    if len(heard) < _DNSMOS_SAMPLES:
-        heard = np.tile(heard, -(-_DNSMOS_SAMPLES // max(1, len(heard))))
-    (raw,) = _dnsmos_session().run(None, {"input_1": heard[None, :_DNSMOS_SAMPLES]})
-    return {
-        name: round(float(np.polyval(coefficients, value)), 3)
-        for (name, coefficients), value in zip(_POLYNOMIALS.items(), raw[0], strict=True)
-    }
-
-
-@lru_cache(maxsize=1)
-def _dnsmos_session() -> Any:
-    import onnxruntime
-
-    path = _find_dnsmos()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != DNSMOS_SHA256:
-        raise ValueError(f"{path}: sha256 {digest[:16]}, expected {DNSMOS_SHA256[:16]}; install speechmos==0.0.1.1")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # a score must not depend on the machine's cores
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _find_dnsmos() -> Path:
-    if (weights := packaged_file("speechmos", "speechmos/dnsmos_models/sig_bak_ovr.onnx")) is not None:
-        return weights
-    raise FileNotFoundError("no DNSMOS here: run `pip install --no-deps speechmos==0.0.1.1`, or set filter.min_dnsmos=0")
 
 
 def _db(power: float) -> float:

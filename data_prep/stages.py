@@ -22,6 +22,7 @@ import soxr
 
 from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
 from csm.frames import SAMPLE_RATE_HZ
+from csm.listening.naturalness import DNSMOS_SHA256, dnsmos
 from data_prep import quality
 from data_prep.channels import channels_differ
 from data_prep.decode import read_header
@@ -91,7 +92,7 @@ class Listening:
                 self.models = dict(told["models"])
 
     def _dnsmos(self) -> list[Any]:
-        return [quality.DNSMOS_SHA256, self.filter.dnsmos_turns] if self.filter.min_dnsmos > 0 else []
+        return [DNSMOS_SHA256, self.filter.dnsmos_turns] if self.filter.min_dnsmos > 0 else []
 
 
 @dataclass
@@ -257,7 +258,7 @@ def _segment(row: dict[str, Any], root: Path, listening: Listening) -> dict[str,
         looked_at = [turns[index] for index in np.linspace(0, len(turns) - 1, num_looked_at).round().astype(int)]
         for turn in looked_at:
             if "dnsmos" not in turn.quality:
-                turn.quality |= quality.dnsmos(audio[turn.channel or 0], ((turn.start_s or 0.0) + (turn.end_s or 0.0)) / 2)
+                turn.quality |= dnsmos(audio[turn.channel or 0], ((turn.start_s or 0.0) + (turn.end_s or 0.0)) / 2)
         made["dnsmos"] = round(statistics.median(turn.quality["dnsmos"] for turn in looked_at), 3)
         for turn in turns:
             turn.quality["dnsmos_recording"] = made["dnsmos"]

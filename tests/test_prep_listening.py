@@ -10,6 +10,7 @@ import soxr
 
 from csm.config import DiarizeConfig, TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
+from csm.listening.naturalness import dnsmos
 from data_prep import packaged_whisper, quality, segmentation
 from data_prep.diarize import Diarizer, assign_speakers
 from data_prep.script import VOICES
@@ -170,4 +171,4 @@ def test_quality_tells_bandwidth_noise_and_clipping(talk):
 def test_dnsmos_hears_noise(talk):
     audio = soxr.resample(talk[0], 16_000, 24_000)
     noise = np.random.default_rng(1).normal(0, 0.03, len(audio)).astype(np.float32)
-    assert quality.dnsmos(audio, 5.0)["dnsmos"] > quality.dnsmos(audio + noise, 5.0)["dnsmos"] + 0.4
+    assert dnsmos(audio, 5.0)["dnsmos"] > dnsmos(audio + noise, 5.0)["dnsmos"] + 0.4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -16,14 +16,16 @@ from csm.evaluation.metrics import (
     mean_estimate,
     ratio_estimate,
 )
-from csm.evaluation.suites import CONTEXT, SINGLE, Utterance
+from csm.evaluation.suites import CONTEXT, DIALOGUE, SINGLE, Utterance
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import GeneratedCodes
-from csm.listening.acoustics import is_silent, mel_distance_db, silence_tail_s
+from csm.listening.acoustics import is_silent, mel_distance_db, pauses_s, silence_tail_s, trim_silence
 from csm.listening.asr import Recogniser
+from csm.listening.naturalness import MosModel
 from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
 SILENCE_TAIL_S = 0.5  # a clip that goes on for longer with nothing to hear did not know its end
+_SUITE_TITLES = {SINGLE: "Model", CONTEXT: "In context", DIALOGUE: "In dialogue"}
 GROUND_TRUTH, RESYNTHESIS, MODEL = "ground_truth", "resynthesis", "model"
 
 
@@ -52,17 +54,19 @@ class Row:
         if self.source != MODEL:
             return self.source.replace("_", " ").capitalize()
         how = "greedy" if self.temperature == 0 else f"T = {self.temperature:g}"
-        return f"{'In context' if self.suite == CONTEXT else 'Model'}, {how}"
+        return f"{_SUITE_TITLES[self.suite]}, {how}"
 
 
-def plan_rows(temperatures: Sequence[float], *, context: bool, has_audio: bool) -> list[Row]:
-    """The rows of the table, in order: the ceiling first, then the model alone, then in context."""
+def plan_rows(temperatures: Sequence[float], *, context: bool, has_audio: bool, dialogue: bool = False) -> list[Row]:
+    """The rows of the table, in order: the ceiling first, then the model alone, in context, and in dialogue (first temperature)."""
     rows = [Row(GROUND_TRUTH, SINGLE, None, "_ground_truth")] if has_audio else []
     rows.append(Row(RESYNTHESIS, SINGLE, None, "_resynthesis"))
     for suite in (SINGLE, CONTEXT) if context else (SINGLE,):
         for index, temperature in enumerate(temperatures):
             at = "" if index == 0 else f"_t{temperature:g}"
             rows.append(Row(MODEL, suite, temperature, ("_context" if suite == CONTEXT else "") + at))
+    if dialogue:
+        rows.append(Row(MODEL, DIALOGUE, temperatures[0], "_dialogue"))
     return rows
 
 
@@ -81,6 +85,9 @@ class Verdict:
         seed: of the model's draws; None for references.
         num_dropped_turns: context turns that did not fit the window.
         silence_tail_s: of nothing to hear at the clip's end.
+        speech_s: from the first to the last sound; `pause_s` of it are silences, `num_pauses` of them.
+        mos: naturalness by the networks that scored this clip, 1 to 5.
+        emotion, reference_emotion: labels of the clip and of the real recording; None where no classifier was asked.
     """
 
     key: str
@@ -108,6 +115,12 @@ class Verdict:
     silence_tail_s: float
     mel_distance: float | None
     wav: str
+    speech_s: float = 0.0
+    pause_s: float = 0.0
+    num_pauses: int = 0
+    mos: dict[str, float] = field(default_factory=dict)
+    emotion: str | None = None
+    reference_emotion: str | None = None
 
     @property
     def word_errors(self) -> WordErrors:
@@ -120,8 +133,24 @@ class Verdict:
 class Judge:
     """Listens to clips. Safe to use from several threads; a verdict depends on the clip alone."""
 
-    def __init__(self, recogniser: Recogniser, encoder: SpeakerEncoder, voices: VoiceBook) -> None:
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        encoder: SpeakerEncoder,
+        voices: VoiceBook,
+        *,
+        mos_models: Sequence[MosModel] = (),
+        scored: Collection[str] = (),
+        emotion_of: Callable[[np.ndarray], str] | None = None,
+    ) -> None:
+        """Take the listeners.
+
+        Args:
+            mos_models: score the clips of the lines in `scored`, by key, alone.
+            emotion_of: label of 24 kHz float32 [S].
+        """
         self.recogniser, self.encoder, self.voices = recogniser, encoder, voices
+        self.mos_models, self.scored, self.emotion_of = mos_models, scored, emotion_of
 
     def judge(
         self, row: Row, utterance: Utterance, audio: np.ndarray, reference: np.ndarray, said: GeneratedCodes | None, wav: str
@@ -139,6 +168,8 @@ class Judge:
         embedding = self.encoder.embed(audio)
         similarities = None if embedding is None else self.voices.similarities(embedding, utterance.text)
         duration_s = len(audio) / SAMPLE_RATE_HZ
+        pauses = [] if is_empty else pauses_s(audio)
+        scores = {model.name: model.score(audio) for model in (self.mos_models if utterance.key in self.scored else ())}
         return Verdict(
             key=utterance.key,
             row=row.name,
@@ -162,14 +193,20 @@ class Judge:
             silence_tail_s=silence_tail_s(audio),
             mel_distance=None if is_empty else mel_distance_db(audio, reference),
             wav=wav,
+            speech_s=0.0 if is_empty else len(trim_silence(audio)) / SAMPLE_RATE_HZ,
+            pause_s=sum(pauses),
+            num_pauses=len(pauses),
+            mos={name: score for name, score in scores.items() if score is not None},
+            emotion=None if self.emotion_of is None or is_empty else self.emotion_of(audio),
+            reference_emotion=None if self.emotion_of is None else self.emotion_of(reference),
         )
 
 
 def row_metrics(verdicts: Sequence[Verdict], row: Row, *, seed: int) -> dict[str, Estimate]:
     """The metrics of one row, named with its suffix. Failed clips stay in: as word errors, wrong voices and runaways.
 
-    Only `mel_distance` leaves empty clips out, which have no spectrum, and `wer_without_outliers` outliers; their `n` says how many
-    were measured.
+    Only what an empty clip does not have leaves it out (`mel_distance`, pace, pauses, naturalness), and `wer_without_outliers` outliers;
+    their `n` says how many were measured.
     """
     suffix = row.suffix
 
@@ -190,6 +227,19 @@ def row_metrics(verdicts: Sequence[Verdict], row: Row, *, seed: int) -> dict[str
     usual = [(errors.errors, errors.num_words) for errors in words if not errors.is_outlier]
     if usual:
         metrics["wer_without_outliers"] = share("wer_without_outliers", usual)
+    heard = [v for v in verdicts if not v.is_empty]
+    if heard:  # pace and pauses of an empty clip mean nothing; `empty_rate` counts it
+        metrics["words_per_s"] = ratio_estimate(
+            [v.word_errors.num_words for v in heard], [v.speech_s for v in heard], seed=seed, name="words_per_s" + suffix
+        )
+        metrics["pause_share"] = ratio_estimate(
+            [v.pause_s for v in heard], [v.speech_s for v in heard], seed=seed, name="pause_share" + suffix
+        )
+        metrics["pauses"] = rate("pauses", [v.num_pauses for v in heard])
+    for name in sorted({name for v in verdicts for name in v.mos}):
+        metrics[name] = rate(name, [v.mos[name] for v in verdicts if name in v.mos])
+    if row.source != GROUND_TRUTH and any(v.reference_emotion is not None for v in verdicts):
+        metrics["emotion_match"] = rate("emotion_match", [float(v.emotion == v.reference_emotion) for v in verdicts])
     distances = [v.mel_distance for v in verdicts if v.mel_distance is not None]
     if distances and row.source != GROUND_TRUTH:
         metrics["mel_distance"] = rate("mel_distance", distances)

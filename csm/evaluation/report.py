@@ -1,4 +1,4 @@
-"""The report: one page with the table, clips to listen to, and charts, everything inside; and the table for a terminal."""
+"""The report: one page with the tables, clips to listen to, and charts, everything inside."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from jinja2 import Environment
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 
-from csm.evaluation.judging import GROUND_TRUTH, Row, Verdict
+from csm.evaluation.compare import EvaluatedRun, differences
+from csm.evaluation.judging import GROUND_TRUTH, MODEL, Row, Verdict
 from csm.evaluation.metrics import align_words
 from csm.evaluation.plots import Series, bar_chart, line_chart
-from csm.evaluation.suites import CONTEXT, SINGLE, Utterance, evenly_spaced
+from csm.evaluation.suites import CONTEXT, DIALOGUE, SINGLE, Utterance, evenly_spaced
+from csm.evaluation.tables import COLUMNS, SPEECH_MEASURES, WORD_MEASURES, context_rows, interval, shown
 from csm.frames import SAMPLE_RATE_HZ
 from csm.listening.acoustics import log_mel_db
 from csm.whole_files import write_text
 
 NUM_CARDS = {SINGLE: 16, CONTEXT: 8}  # utterances that can be heard; with four to six clips each, about 3 MB
+NUM_DIALOGUES = 3
+THIS_RUN = "this run"
 _WORST_SHARE = 0.25  # of the cards go to the lines with most errors, the others are spread evenly
 _SPECTROGRAM_HOP = 240  # 10 ms a pixel
 _SPECTROGRAM_RANGE_DB = 70.0
@@ -41,27 +43,11 @@ _PALETTE_ANCHORS = (
     (252, 250, 205),
 )  # dark to light
 _REFERENCE_COLORS = {"_ground_truth": "var(--c-truth)", "_resynthesis": "var(--c-codec)"}
-COLUMNS = (  # (heading, metric, how it is written)
-    ("WER", "wer", "percent"),
-    ("Right voice", "voice_accuracy", "percent"),
-    ("EOS reached", "eos_rate", "percent"),
-    ("Ran away", "runaway_rate", "percent"),
-    ("Empty", "empty_rate", "percent"),
-    ("Longest", "max_duration_ratio", "ratio"),
-    ("Mel distance", "mel_distance", "decibel"),
-)
-_TERMINAL_COLUMNS = (  # what fits 80 columns beside WER and its interval
-    ("voice", "voice_accuracy", "percent"),
-    ("EOS", "eos_rate", "percent"),
-    ("ran away", "runaway_rate", "percent"),
-    ("longest", "max_duration_ratio", "ratio"),
-    ("mel", "mel_distance", "decibel"),
-)
 
 
 @dataclass(frozen=True)
 class Player:
-    """One clip on a card."""
+    """One clip on a card; `run` tells whose it is, "" where it is nobody's: real speech."""
 
     title: str
     color: str
@@ -69,11 +55,12 @@ class Player:
     notes: list[str]
     audio: str  # data URI
     spectrogram: str  # data URI
+    run: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One line to speak, with every voice that spoke it."""
+    """One line to speak, with every voice that spoke it; or a dialogue, with its turns."""
 
     text: str
     voice: str
@@ -85,20 +72,25 @@ class Card:
 def write_report(
     path: Path,
     summary: Mapping,
+    speed: Mapping | None,
     rows: Sequence[Row],
     verdicts: Sequence[Verdict],
     utterances: Mapping[str, Utterance],
     decode: Callable[[Tensor], np.ndarray],
     history: Path | None,
+    others: Sequence[EvaluatedRun] = (),
 ) -> None:
     """Write the page.
 
     Args:
-        summary: as in summary.json.
+        summary: as in summary.json; `speed` as in speed.json.
         verdicts: of all rows; their clips lie below `path`'s folder.
         utterances: by key.
         decode: codes [K, F] to samples, for the turns that come before an answer.
         history: metrics.csv of the run, None when there is none.
+        others: runs to set beside it.
+    Raises:
+        ValueError: if another run was evaluated on other data.
     """
     colors = {row.name: color for row, color in zip(rows, _row_colors(rows), strict=True)}
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -107,45 +99,24 @@ def write_report(
     page = template.render(
         summary=summary,
         metrics=summary["metrics"],
-        columns=COLUMNS,
-        shown=_shown,
-        interval=_interval,
+        columns=[column for column in COLUMNS if any(column[1] + row.suffix in summary["metrics"] for row in rows)],
+        shown=shown,
+        interval=interval,
+        speech_measures=SPEECH_MEASURES,
+        word_measures=[measure for measure in WORD_MEASURES if measure[1] in summary["metrics"]],
+        context_rows=context_rows(summary),
+        speed=speed,
+        comparisons=[(other, differences(summary, verdicts, other, seed=summary["seed"])) for other in others],
+        runs=[THIS_RUN, *(other.name for other in others)],
         rows=[(row, colors[row.name]) for row in rows],
-        cards=_cards(rows, verdicts, utterances, decode, path.parent, colors),
+        cards=[
+            *_cards(rows, verdicts, utterances, decode, path.parent, colors, others),
+            *_dialogue_cards(rows, verdicts, path.parent, colors, others),
+        ],
         charts=_charts(summary, rows, verdicts, history, colors),
         voices=sorted({verdict.voice for verdict in verdicts}),
     )
     write_text(path, page)
-
-
-def terminal_table(summary: Mapping) -> Table:
-    """The same table for a terminal."""
-    title = f"{summary['checkpoint']}, split {summary['split']}, seed {summary['seed']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in ("WER", "95%", *(short for short, _, _ in _TERMINAL_COLUMNS), "clips"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in summary["rows"]:
-        wer = summary["metrics"]["wer" + row["suffix"]]
-        cells = [_shown(summary["metrics"].get(metric + row["suffix"]), style) for _, metric, style in _TERMINAL_COLUMNS]
-        table.add_row(row["title"], _shown(wer, "percent"), _interval(wer, "percent"), *cells, str(wer["n"]))
-    return table
-
-
-def _shown(estimate: Mapping | None, style: str) -> str:
-    """A value as people read it; a dash where the metric has no meaning."""
-    if estimate is None:
-        return "–"
-    value = estimate["value"]
-    return {"percent": f"{100 * value:.1f}%", "ratio": f"{value:.2f}×", "decibel": f"{value:.1f} dB", "nats": f"{value:.3f}"}[style]
-
-
-def _interval(estimate: Mapping | None, style: str) -> str:
-    if estimate is None or estimate["low"] is None:
-        return ""
-    if style == "percent":
-        return f"{100 * estimate['low']:.1f}–{100 * estimate['high']:.1f}"
-    return f"{estimate['low']:.2f}–{estimate['high']:.2f}"
 
 
 def _row_colors(rows: Sequence[Row]) -> list[str]:
@@ -166,6 +137,7 @@ def _cards(
     decode: Callable[[Tensor], np.ndarray],
     folder: Path,
     colors: Mapping[str, str],
+    others: Sequence[EvaluatedRun],
 ) -> list[Card]:
     titles = {row.name: row.title for row in rows}
     cards = []
@@ -184,11 +156,48 @@ def _cards(
                 title = titles.get(GROUND_TRUTH, "Ground truth")
                 players.append(_player(title, _REFERENCE_COLORS["_ground_truth"], escape(utterance.text), [], utterance.audio))
             for verdict in spoken:
-                audio = soundfile.read(folder / verdict.wav, dtype="float32")[0] if verdict.wav else np.zeros(0, np.float32)
-                players.append(_player(titles[verdict.row], colors[verdict.row], _transcript(verdict), _notes(verdict), audio))
+                run = THIS_RUN if verdict.row.startswith(MODEL) else ""
+                players.append(_spoken(titles[verdict.row], colors[verdict.row], verdict, folder, run))
+            players += _of_others(spoken, titles, others)
             has_errors = any(_num_faults(verdict) for verdict in spoken)
             cards.append(Card(utterance.text, utterance.voice, suite, has_errors, players))
     return cards
+
+
+def _dialogue_cards(
+    rows: Sequence[Row], verdicts: Sequence[Verdict], folder: Path, colors: Mapping[str, str], others: Sequence[EvaluatedRun]
+) -> list[Card]:
+    """A card a dialogue, its turns in order, then those of the other runs."""
+    color = next((colors[row.name] for row in rows if row.suite == DIALOGUE), "")
+    by_name: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.suite == DIALOGUE:
+            by_name.setdefault(verdict.key.rsplit("-", 1)[0], []).append(verdict)
+    cards = []
+    for turns in evenly_spaced(list(by_name.values()), NUM_DIALOGUES):
+        voices = list(dict.fromkeys(verdict.voice for verdict in turns))
+        players = [_spoken(f"Turn {i + 1}: {v.voice}", color, v, folder, THIS_RUN) for i, v in enumerate(turns)]
+        players += _of_others(turns, {verdict.row: f"Turn {i + 1}" for i, verdict in enumerate(turns)}, others)
+        cards.append(Card(f"A dialogue of {' and '.join(voices)}", voices[0], DIALOGUE, any(map(_num_faults, turns)), players))
+    return cards
+
+
+def _spoken(title: str, color: str, verdict: Verdict, folder: Path, run: str) -> Player:
+    audio = soundfile.read(folder / verdict.wav, dtype="float32")[0] if verdict.wav else np.zeros(0, np.float32)
+    return _player(title, color, _transcript(verdict), _notes(verdict), audio, run)
+
+
+def _of_others(spoken: Sequence[Verdict], titles: Mapping[str, str], others: Sequence[EvaluatedRun]) -> list[Player]:
+    """The same lines by the other runs."""
+    players = []
+    for index, other in enumerate(others):
+        for verdict in spoken:
+            same = other.verdicts.get((verdict.row, verdict.key)) if verdict.row.startswith(MODEL) else None
+            if same is not None and same.text == verdict.text:
+                players.append(
+                    _spoken(f"{other.name}: {titles[verdict.row]}", f"var(--c-{(index + 2) % 4})", same, other.folder, other.name)
+                )
+    return players
 
 
 def _choose(by_key: Mapping[str, list[Verdict]], count: int) -> list[str]:
@@ -231,8 +240,9 @@ def _notes(verdict: Verdict) -> list[str]:
     return notes
 
 
-def _player(title: str, color: str, transcript: str, notes: list[str], audio: np.ndarray) -> Player:
-    return Player(title, color, transcript, [f"{len(audio) / SAMPLE_RATE_HZ:.1f} s", *notes], audio_uri(audio), spectrogram_uri(audio))
+def _player(title: str, color: str, transcript: str, notes: list[str], audio: np.ndarray, run: str = "") -> Player:
+    notes = [f"{len(audio) / SAMPLE_RATE_HZ:.1f} s", *notes]
+    return Player(title, color, transcript, notes, audio_uri(audio), spectrogram_uri(audio), run)
 
 
 def audio_uri(audio: np.ndarray) -> str:
@@ -283,15 +293,19 @@ def _charts(
         legend = [(curve.name, curve.color, curve.is_dashed) for curve in curves]
         charts.append(("Loss while training", line_chart(curves, x_label="step", y_label="nats"), legend))
     splits = summary["codebook_nll"]
-    bars = [Series(name, f"var(--c-{index})", list(enumerate(values))) for index, (name, values) in enumerate(splits.items())]
-    categories = [str(index) for index in range(len(bars[0].points))]
-    charts.append(
-        (
-            "Loss by codebook, teacher-forced",
-            bar_chart(categories, bars, x_label="codebook", y_label="nats"),
-            [(bar.name, bar.color, False) for bar in bars],
-        )
-    )
+    if splits:
+        bars = [Series(name, f"var(--c-{index})", list(enumerate(values))) for index, (name, values) in enumerate(splits.items())]
+        categories = [str(index) for index in range(len(bars[0].points))]
+        svg = bar_chart(categories, bars, x_label="codebook", y_label="nats")
+        charts.append(("Loss by codebook, teacher-forced", svg, [(bar.name, bar.color, False) for bar in bars]))
+    if curves_by_turn := summary["by_turn"]:
+        names = {"voice_similarity": "similarity to the own voice", "voice_accuracy": "right voice", "wer": "word error rate"}
+        lines = [
+            Series(names[name], f"var(--c-{index})", [(turn + 1.0, value) for turn, value in enumerate(curves_by_turn[name])])
+            for index, name in enumerate(names)
+        ]
+        svg = line_chart(lines, x_label="turn of a dialogue", y_label="share, cosine")
+        charts.append(("Through a dialogue", svg, [(line.name, line.color, line.is_dashed) for line in lines]))
     legend = [(row.title, colors[row.name], False) for row in rows]
     for title, label, group_of in (
         ("Word error rate by voice", "voice", lambda verdict: verdict.voice),

@@ -11,7 +11,7 @@ from torch import Tensor
 from csm.data.shards import Sample, iter_samples
 from csm.frames import SAMPLE_RATE_HZ, Turn, num_samples_from_frames
 
-SINGLE, CONTEXT = "single", "context"
+SINGLE, CONTEXT, DIALOGUE = "single", "context", "dialogue"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Utterance:
 
     Attributes:
         key: of its sample.
-        suite: "single", or "context" when `context` turns come first.
+        suite: "single"; "context" when `context` turns of real speech come first; "dialogue" when the model spoke those too.
         voice: the speaker's name, or its number where the corpus gives none.
         codes: [K, F] int64, the reference's.
         audio: [S] float32 at 24 kHz, or None when the shards carry no audio.

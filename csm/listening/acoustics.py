@@ -13,6 +13,7 @@ from csm.frames import SAMPLE_RATE_HZ
 SILENT_DB = -60.0  # of full scale, root mean square: a clip below it counts as empty
 _TRIM_DB = -40.0  # below the loudest 20 ms window
 _TRIM_WINDOW_S = 0.02
+_SHORTEST_PAUSE_S = 0.15  # below it lie the closures of stops
 
 
 def resample(audio: np.ndarray, to_hz: int) -> np.ndarray:
@@ -35,6 +36,13 @@ def silence_tail_s(audio: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ) -> float:
     """Seconds after the last 20 ms window within 40 dB of the loudest one."""
     loud, size = _loud_windows(audio, rate_hz)
     return max(0.0, len(audio) - (loud[-1] + 1) * size if loud.size else len(audio)) / rate_hz
+
+
+def pauses_s(audio: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ) -> list[float]:
+    """Lengths of the silences of 0.15 s and more between what is loud: 20 ms windows within 40 dB of the loudest one."""
+    loud, size = _loud_windows(audio, rate_hz)
+    gaps = (np.diff(loud) - 1) * size / rate_hz
+    return [float(gap) for gap in gaps if gap >= _SHORTEST_PAUSE_S]
 
 
 def _loud_windows(audio: np.ndarray, rate_hz: int) -> tuple[np.ndarray, int]:
