@@ -30,6 +30,10 @@ def test_differences_are_of_the_same_lines(tmp_path: Path) -> None:
     wer = found["WER"]
     assert (wer.here, wer.there, wer.by.n) == (0.0, pytest.approx(1 / 3), 3)
     assert wer.by.value == wer.by.low == wer.by.high == pytest.approx(-1 / 3) and wer.smaller_is_better
+    again = {
+        d.metric: d.by for d in differences(HEADER, [replace(v, voice_similarity=v.voice_similarity + 1e-6) for v in here], run, seed=0)
+    }
+    assert again["Similarity"].low == again["Similarity"].high == 0, "what samples.jsonl rounds off is no difference"
     assert found["Mel distance"].by.value == 0 and "DNSMOS" not in found
 
 

@@ -71,18 +71,19 @@ def test_each_turn_hears_what_was_spoken_before_and_the_batch_plays_no_part(spea
 
 
 def test_a_voice_that_changes_half_way_drifts_and_costs_its_words() -> None:
-    turns = [
-        replace(verdict(), key=f"000-{number:02d}", suite=DIALOGUE, voice="ab"[number % 2], voice_guess="ab"[number % 2] if number < 2 else "a",
-                voice_similarity=0.9 if number < 2 else 0.5)
-        for number in range(4)
-    ]  # fmt: skip
+    turns = []
+    for number, (guess, similarity) in enumerate([("a", 0.9), ("b", 0.9), ("a", 0.5), ("a", 0.5)]):
+        voiced = replace(verdict(), voice="ab"[number % 2], voice_guess=guess, voice_similarity=similarity)
+        turns.append(replace(voiced, key=f"000-{number:02d}", suite=DIALOGUE))
     metrics, by_turn = dialogue_metrics(turns, seed=0, suffix="_dialogue")
     assert metrics["voice_drift_dialogue"].value == pytest.approx(-0.4)
     assert metrics["cpwer_dialogue"].value == pytest.approx(6 / 12)  # three words of b said by a: missed there, extra here
     assert by_turn == {"wer": [0.0] * 4, "voice_similarity": [0.9, 0.9, 0.5, 0.5], "voice_accuracy": [1.0, 1.0, 1.0, 0.0]}
 
 
-def test_context_is_worth_the_difference_of_the_same_turns_losses(tmp_path: Path, write_conversations, word_tokenizer, tiny_model_config) -> None:
+def test_context_is_worth_the_difference_of_the_same_turns_losses(
+    tmp_path: Path, write_conversations, word_tokenizer, tiny_model_config
+) -> None:
     talks = [[(0, "one two", 5)], [(1, "four", 9), (2, "five six", 3)], [(3, "nine", 2), (0, "two", 4), (3, "one", 6)]]
     samples = list(iter_samples(write_conversations(tmp_path / "heldout", talks)))
     model = CSM(tiny_model_config, seed=1)
@@ -90,7 +91,9 @@ def test_context_is_worth_the_difference_of_the_same_turns_losses(tmp_path: Path
     assert set(missing) == {"context_gain with 4 turns"} and "has 2 before its last" in missing["context_gain with 4 turns"]
     assert [metrics[f"c0_nll_{name}"].n for name in ("context0", "context1", "context_max")] == [2, 2, 2]
     lone = [replace(sample, turns=sample.turns[-1:]) for sample in samples[1:]]
-    assert metrics["c0_nll_context0"].value == pytest.approx(score_samples(model, word_tokenizer, lone, seed=0, name="x").c0.value, abs=1e-6)
+    assert metrics["c0_nll_context0"].value == pytest.approx(
+        score_samples(model, word_tokenizer, lone, seed=0, name="x").c0.value, abs=1e-6
+    )
     for part in ("c0", "depth"):
         saved = metrics[f"{part}_nll_context0"].value - metrics[f"{part}_nll_context_max"].value
         assert metrics[f"{part}_gain_context_max"].value == pytest.approx(saved, abs=1e-6)

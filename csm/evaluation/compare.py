@@ -96,6 +96,7 @@ def differences(here: Mapping, verdicts: Sequence[Verdict], other: EvaluatedRun,
         if here[what] != other.summary[what]:
             raise ValueError(f"compare: {other.folder} was evaluated on {what} {other.summary[what]!r}, this run on {here[what]!r}")
     found = []
+    verdicts = [Verdict(**v.as_json()) for v in verdicts]  # type: ignore[arg-type]  # rounded as the other's are: equal clips are equal
     for row in here["rows"]:
         pairs = [(v, other.verdicts[v.row, v.key]) for v in verdicts if v.row == row["name"] and (v.row, v.key) in other.verdicts]
         pairs = [(a, b) for a, b in pairs if a.text == b.text]

@@ -305,15 +305,16 @@ def _log(
         run.summary.update(
             {f"evaluation/{name}": value for name, value in speed.items() if name in ("rtf", "first_audio_s", "peak_memory_mib")}
         )
-    table = wandb.Table(columns=["row", "voice", "text", "heard", "errors", "clip"])
+    table = wandb.Table(columns=["row", "voice", "text", "heard", "errors"])
+    clips = []
     by_row: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_row.setdefault(verdict.row, []).append(verdict)
+        table.add_data(verdict.row, verdict.voice, verdict.text, verdict.hypothesis, verdict.word_errors.errors)
     for name, of_row in by_row.items():
-        for verdict in evenly_spaced(of_row, NUM_LOGGED_CLIPS):
-            clip = wandb.Audio(str(places.output / verdict.wav)) if verdict.wav else None
-            table.add_data(name, verdict.voice, verdict.text, verdict.hypothesis, verdict.word_errors.errors, clip)
-    run.log({"evaluation/clips": table})
+        chosen = [verdict for verdict in evenly_spaced(of_row, NUM_LOGGED_CLIPS) if verdict.wav]
+        clips += [wandb.Audio(str(places.output / v.wav), caption=f"{name}, {v.voice}: {v.text}") for v in chosen]
+    run.log({"evaluation/lines": table, "evaluation/clips": clips})
     page = places.output / "report.html"
     if config.html:
         run.log({"evaluation/report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
