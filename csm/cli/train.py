@@ -87,7 +87,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         return run_dir
 
     build_missing_demo_data(config)
-    base = open_base(config.base) if config.base is not None else None
+    base = open_base(config.base, config.text.added) if config.base is not None else None
     if base is not None:
         config, codec_folder, codec_digest = base.configure(config), base.codec_folder, base.codec_digest
         tokenizer: TextTokenizer | None = base.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -228,7 +229,9 @@ class CSMDataModule(LightningDataModule):
     def _open(self, split: str) -> tuple[ShardReader, list[Corpus]]:
         """The reader of a split whose codec is the model's, and what its folders belong to."""
         if split not in self._readers:
-            corpora = find_corpora(self.data, split, is_weighted=split == self.data.train_split)
+            is_training = split == self.data.train_split
+            data = self.data if is_training or self.data.val_path is None else replace(self.data, path=self.data.val_path, weights=None)
+            corpora = find_corpora(data, split, is_weighted=is_training)
             places = [folder for corpus in corpora for folder in corpus.folders]
             remote = [str(place) for place in places if is_url(place)]
             if remote and self.data.verify == "digest" and self.data.cache_dir is None:
