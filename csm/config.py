@@ -140,11 +140,14 @@ class DataConfig:
     cache_dir: str | None = None  # where shards behind URLs are copied to, whole; null reads them by ranges (needs verify=size)
     learn_speakers: list[Any] = field(default_factory=list)  # numbers or names whose turns are learnt, others are heard; empty is all
     learn_depth_speakers: list[Any] | None = None  # the same for the depth decoder alone; null is as learn_speakers
+    tag_styles: bool = False  # write a turn's style, else its emotion, in front of its text: (happy) seven four two
+    tag_dropout: float = 0.1  # share of turns with a style that are learnt without their tag, so that speech goes without, too
 
     def __post_init__(self) -> None:
         for key, speakers in (("learn_speakers", self.learn_speakers), ("learn_depth_speakers", self.learn_depth_speakers or [])):
             is_speakers = all(isinstance(speaker, (int, str)) and not isinstance(speaker, bool) for speaker in speakers)
             _require(is_speakers, f"data.{key}", speakers, "numbers or names of speakers, [0,anna]")
+        _require(0 <= self.tag_dropout < 1, "data.tag_dropout", self.tag_dropout, "a share in [0, 1)")
         _one_of("data.kind", self.kind, ("demo", "shards", "random"))
         _one_of("data.verify", self.verify, ("digest", "size"))
         is_paths = self.paths and all(isinstance(path, str) and path for path in self.paths)

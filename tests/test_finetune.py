@@ -221,7 +221,7 @@ def test_shards_keep_their_speakers(config: FinetuneConfig) -> None:
         (("data=x",), 2, "base is required"),
         (("base=x",), 2, "data.path is required"),
         (("base=x", "data=y", "spaeker=1"), 2, "spaeker: no such key"),
-        (("base=x", "data=y", "recipe=voice"), 2, "recipe=voice: no such choice"),
+        (("base=x", "data=y", "experiment=voice"), 2, "experiment=voice: no such choice"),
         (("base=nowhere", "data=y"), 1, "nowhere: no such folder"),
         (("base=x", "data=y", "val_share=0"), 2, "val_share"),
         (("base=x", "data=y", "trainer.validate_every=0"), 2, "trainer.patience"),
@@ -240,9 +240,9 @@ def test_missing_data_is_one_line(speaking_checkpoint: Path, run_main: Callable,
 
 
 def test_every_recipe_composes_with_every_adapter() -> None:
-    for recipe in ("voice_5min", "voice_5h", "new_language"):
+    for recipe in ("voice_5min", "voice_5h", "language", "style"):
         for adapter in ("none", "lora", "dora"):
-            config = compose("finetune", ["base=x", "data.path=y", f"recipe={recipe}", f"adapter={adapter}"], FinetuneConfig)
+            config = compose("finetune", ["base=x", "data.path=y", f"experiment=finetune_{recipe}", f"adapter={adapter}"], FinetuneConfig)
             assert config.adapter.kind == adapter and config.trainer.patience > 0
     with pytest.raises(UsageError):
         compose("finetune", ["base=x", "data.path=y", "data.learn_speakers=[1.5]"], FinetuneConfig)

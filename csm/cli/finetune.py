@@ -18,6 +18,7 @@ from csm.config import DataConfig, EvaluateConfig, FinetuneConfig, TrainConfig
 from csm.whole_files import write_text
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and a typo are answered without it
+    from csm.data.shards import Sample
     from csm.training.stop_request import StopRequest
 
 _ABOUT = (
@@ -26,8 +27,8 @@ _ABOUT = (
 )
 _EXAMPLES = (
     "finetune.py base=sesame/csm-1b data=recordings   # wavs, a .txt beside each; or a metadata.csv, or a manifest.jsonl",
-    "finetune.py base=runs/demo/mine data=recordings recipe=voice_5min speaker=0 keep=data/demo",
-    "finetune.py base=sesame/csm-1b data=/data/speech recipe=new_language trainer=ddp trainer.devices=8   # shards",
+    "finetune.py base=runs/demo/mine data=recordings keep=data/demo replay=0.3",
+    "finetune.py base=sesame/csm-1b data=/data/speech experiment=finetune_language trainer=ddp trainer.devices=8   # shards",
 )
 MAX_SCORED = 100  # conversations of a split that base and result are both scored on, spread evenly
 SUMMARY_NAME = "finetune.json"
@@ -68,6 +69,7 @@ def finetune(config: FinetuneConfig, request: StopRequest | None = None) -> Path
     config, base = _with_speaker(config, open_base(config.base, config.text.added))
     run_dir = choose_run_dir(config)
     shards = _prepared(config, base, run_dir) if is_first_process() else _shards_of(config, run_dir)
+    config, base = _with_styles(config, base, shards)
     settings = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
     settings |= {"data": _learnt(config, shards), "run_dir": str(run_dir), "resume": config.resume or "auto"}
     train(TrainConfig(**settings), request)
@@ -92,11 +94,35 @@ def _with_speaker(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, B
     speaker = tokenizer.num_speakers if config.speaker is None else config.speaker
     if speaker != tokenizer.num_speakers:
         return replace(config, speaker=speaker), base
-    piece = f"[{speaker}]"
-    base = base.with_added([piece])
+    return _with_added(replace(config, speaker=speaker), base, [f"[{speaker}]"])
+
+
+def _with_styles(config: FinetuneConfig, base: Base, shards: Any) -> tuple[FinetuneConfig, Base]:
+    """Both with the tags of the shards' styles, which a word tokenizer has to learn; others read any text."""
+    from csm.data.corpora import split_folders
+    from csm.data.shards import ShardReader
+    from csm.data.styles import style_tag
+    from csm.text import WordTokenizer
+
+    if not config.data.tag_styles or not isinstance(base.tokenizer, WordTokenizer):
+        return config, base
+    reader = ShardReader(
+        [folder for path in replace(config.data, path=shards).paths for folder in split_folders(path, config.data.train_split)]
+    )
+    found = {style_tag(turn) for meta in reader.read_metas(range(len(reader))) if isinstance(meta, dict) for turn in meta["turns"]}
+    if not found - {None}:
+        raise ValueError(f"data.tag_styles=true: no turn of {shards} has a style or an emotion; name them in a manifest.jsonl")
+    known = set(base.tokenizer.words) | set(base.tokenizer.added)
+    pieces = sorted(tag for tag in found if tag is not None and tag not in known)
+    return _with_added(config, base, pieces) if pieces else (config, base)
+
+
+def _with_added(config: FinetuneConfig, base: Base, pieces: list[str]) -> tuple[FinetuneConfig, Base]:
+    """Both with pieces that the base's tokenizer did not know, and what an adapter needs to learn them."""
     wholes = config.adapter.also_train
     adapter = replace(config.adapter, also_train=wholes if "text_embeddings" in wholes else [*wholes, "text_embeddings"])
-    return replace(config, speaker=speaker, adapter=adapter, text=replace(config.text, added=[*config.text.added, piece])), base
+    text = replace(config.text, added=[*config.text.added, *pieces])
+    return replace(config, adapter=adapter, text=text), base.with_added(pieces)
 
 
 def _learnt(config: FinetuneConfig, shards: Any) -> DataConfig:
@@ -241,8 +267,19 @@ def _score(checkpoint: Path, place: Any, config: FinetuneConfig, base: Base) -> 
     ShardIndex.load(folder).check_codec(num_codebooks=base.model.num_codebooks, digest=base.codec_digest)
     reader = ShardReader(folder)
     samples = [reader.read(index) for index in evenly_spaced(list(range(len(reader))), MAX_SCORED)]
+    if config.data.tag_styles:
+        samples = [_tagged(sample) for sample in samples]
     scores = score_samples(load_model(checkpoint), base.tokenizer, samples, seed=config.seed, name=str(place))
     return {"c0": scores.c0.value, "depth": scores.depth.value, "eos_recall": scores.eos_recall.value}
+
+
+def _tagged(sample: Sample) -> Sample:
+    """A sample whose every text has its tag."""
+    from csm.data.styles import StyleTags
+
+    tags = StyleTags(dropout=0.0)
+    pairs = enumerate(zip(sample.turns, sample.meta["turns"], strict=True))
+    return replace(sample, turns=[replace(turn, text=tags.text(meta, sample.key, index)) for index, (turn, meta) in pairs])
 
 
 def _count_parameters(best: Path, base: Base) -> dict[str, int]:

@@ -18,6 +18,7 @@ from csm.data.rows import RowSource
 from csm.data.shard_rows import ShardRows
 from csm.data.shards import ShardReader
 from csm.data.storage import is_url
+from csm.data.styles import StyleTags
 from csm.text import TextTokenizer
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -73,7 +74,8 @@ class CSMDataModule(LightningDataModule):
             return
         for split in (self.data.train_split, self.data.val_split):
             reader, _ = self._open(split)
-            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of))
+            tags = StyleTags(self.data.tag_dropout) if self.data.tag_styles else None
+            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of), tags)
 
     def setup(self, stage: str | None = None) -> None:
         """Open both splits; doing it again changes nothing."""
