@@ -45,15 +45,18 @@ def _as_data_path(argument: str) -> str:
     return "data.path=" + argument.removeprefix("data=") if argument.startswith("data=") else argument
 
 
-def _finetune_until_done_or_told(config: FinetuneConfig) -> None:
+def _finetune_until_done_or_told(config: FinetuneConfig) -> float | None:
+    """Fine-tune, and tell a sweep how good it became."""
+    from csm.training.run_folder import lowest_validation_loss
     from csm.training.stop_request import StopRequest
 
     with StopRequest() as request:
-        finetune(config, request)
+        run_dir = finetune(config, request)
         if request.answered:
             from csm.training.signals import answer
 
             sys.exit(answer(request, partial(print, flush=True)))
+    return lowest_validation_loss(run_dir)
 
 
 def finetune(config: FinetuneConfig, request: StopRequest | None = None) -> Path:
