@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,20 @@ from csm.listening.speaker import SpeakerEncoder, VoiceBook
 from data_prep.script import LENGTH_SHARES, VOICES, spoken
 from data_prep.synthesis import Synthesizer, Voice, random_for
 
-NEW = Voice("stranger", 0.4, 1.0)  # lower than the corpus's lowest, on a head like the tenor's: clear, and told apart after the codec
+NEW = "stranger"
 NUM_REFERENCES = 40  # recordings that say what the new voice is like
 SEED = 7
 
 
-def make(folder: Path, minutes: float, corpus: Path) -> None:
-    """Digit strings as training has them (1 to 5 digits, no held-out one inside), a wav and a txt each."""
-    reserved = [utterance.text for utterance in read_suites(corpus / "heldout", context=False)[SINGLE]]
+def unheard(corpus: Path) -> list[str]:
+    """The strings of 3 to 5 digits that no training turn of the corpus has in it: held out, and of validation."""
+    plan = json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
+    return [*plan["heldout_strings"], *plan["validation_strings"]]
+
+
+def make(folder: Path, minutes: float, corpus: Path, voice: Voice) -> None:
+    """Digit strings as training has them (1 to 5 digits, no unheard one inside), a wav and a txt each."""
+    reserved = unheard(corpus)
     synthesizer, strings = Synthesizer(), random_for(SEED, "strings")
     folder.mkdir(parents=True)
     index, num_samples = 0, 0
@@ -46,48 +54,58 @@ def make(folder: Path, minutes: float, corpus: Path) -> None:
         text = spoken("".join(map(str, strings.integers(0, 10, length))))
         if any(other in text for other in reserved):
             continue
-        waveform = synthesizer.speak(text, NEW, random_for(SEED, "speech", index))
+        waveform = synthesizer.speak(text, voice, random_for(SEED, "speech", index))
         soundfile.write(folder / f"{index:05d}.wav", waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
         (folder / f"{index:05d}.txt").write_text(text + "\n", encoding="utf-8")
         num_samples += len(waveform)
         index += 1
-    print(f"{folder}: {index} recordings of {NEW}, {num_samples / SAMPLE_RATE_HZ / 60:.2f} minutes")
+    print(f"{folder}: {index} recordings of {voice}, {num_samples / SAMPLE_RATE_HZ / 60:.2f} minutes")
 
 
-def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float) -> dict[str, Any]:
+def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float, only_new: bool) -> dict[str, Any]:
     """WER and nearest voice by speaker; `speaker` is the one that speaks with the new voice, None in the base."""
     defaults = EvaluateConfig(run=str(checkpoint))
     torch.set_num_threads(1)
     generator, recogniser, encoder = Generator.from_pretrained(checkpoint), Recogniser(prompt=defaults.asr_prompt), SpeakerEncoder()
-    utterances = read_suites(corpus / "heldout", context=False)[SINGLE]
-    references = [(u.voice, u.text, encoder.embed(u.audio)) for u in utterances if u.audio is not None]
+    real = read_suites(corpus / "heldout", context=False)[SINGLE]
+    references = [(u.voice, u.text, encoder.embed(u.audio)) for u in real if u.audio is not None]
     for path in sorted(recordings.glob("*.wav"))[:NUM_REFERENCES]:
         audio, _ = soundfile.read(path, dtype="float32")
-        references.append((NEW.name, path.with_suffix(".txt").read_text(encoding="utf-8").strip(), encoder.embed(audio)))
+        references.append((NEW, path.with_suffix(".txt").read_text(encoding="utf-8").strip(), encoder.embed(audio)))
     voices = VoiceBook([(voice, text, embedding) for voice, text, embedding in references if embedding is not None])
+    names = {number: voice.name for number, voice in enumerate(VOICES)}
+    if speaker is not None:
+        names = {speaker: NEW} if only_new else {**names, speaker: NEW}
+    utterances = [
+        Utterance(f"{number}-{index:03d}", SINGLE, number, name, text, real[0].codes, None)
+        for number, name in names.items()
+        for index, text in enumerate(unheard(corpus))
+    ]
+    longest = max(real, key=lambda utterance: utterance.reference_s)
+    utterances = [replace(utterance, codes=longest.codes) for utterance in utterances]
 
-    def judge(utterance: Utterance, codes: torch.Tensor) -> tuple[int, int, int, str]:
+    def judge(utterance: Utterance, codes: torch.Tensor) -> tuple[str, int, int, str]:
         audio = generator.audio_from_codes(codes).numpy()
         errors = count_word_errors(utterance.text, recogniser.transcribe(audio) if len(audio) else "")
         embedding = encoder.embed(audio) if len(audio) else None
         near = voices.similarities(embedding, utterance.text) if embedding is not None else {}
-        return utterance.speaker, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
+        return utterance.voice, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
 
     with ThreadPoolExecutor(1) as pool:
-        made = speak(generator, utterances, temperature=temperature, top_k=defaults.top_k, batch_size=16, seed=defaults.seed)
+        made = speak(generator, utterances, temperature=temperature, top_k=defaults.top_k, batch_size=32, seed=defaults.seed)
         found = [future.result() for future in [pool.submit(judge, utterance, said.codes) for utterance, said in made]]
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "temperature": temperature}
-    for number, voice in enumerate(VOICES):
-        mine = [row for row in found if row[0] == number]
-        expected = NEW.name if number == speaker else voice.name
-        errors, words = sum(row[1] for row in mine), sum(row[2] for row in mine)
-        result[expected] = {
-            "wer": round(errors / words, 4),
-            "heard_as_it": round(np.mean([row[3] == expected for row in mine]), 4),
+    for name in names.values():
+        mine = [row for row in found if row[0] == name]
+        result[name] = {
+            "wer": round(sum(row[1] for row in mine) / sum(row[2] for row in mine), 4),
+            "heard_as": dict(Counter(row[3] for row in mine)),
+            "heard_as_it": round(float(np.mean([row[3] == name for row in mine])), 4),
             "n": len(mine),
         }
-    old = [row for row in found if row[0] != speaker]
-    result["old_voices_wer"] = round(sum(row[1] for row in old) / sum(row[2] for row in old), 4)
+    old = [row for row in found if row[0] != NEW]
+    if old:
+        result["old_voices_wer"] = round(sum(row[1] for row in old) / sum(row[2] for row in old), 4)
     return result
 
 
@@ -97,19 +115,22 @@ def main() -> None:
     making = commands.add_parser("make")
     making.add_argument("folder", type=Path)
     making.add_argument("--minutes", type=float, default=5.0)
+    making.add_argument("--pitch", type=float, default=0.4, help="of the synthesiser's")
+    making.add_argument("--warp", type=float, default=1.0, help="of the frequency axis")
     measuring = commands.add_parser("measure")
     measuring.add_argument("checkpoint", type=Path)
     measuring.add_argument("--recordings", type=Path, default=Path("data/new_voice"))
     measuring.add_argument("--speaker", type=int)
+    measuring.add_argument("--only-new", action="store_true", help="leave the old voices out")
     measuring.add_argument("--temperature", type=float, default=0.5)
     for command in (making, measuring):
         command.add_argument("--corpus", type=Path, default=Path("data/demo"))
     arguments = parser.parse_args()
     if arguments.command == "make":
-        make(arguments.folder, arguments.minutes, arguments.corpus)
+        make(arguments.folder, arguments.minutes, arguments.corpus, Voice(NEW, arguments.pitch, arguments.warp))
     else:
-        found = measure(arguments.checkpoint, arguments.recordings, arguments.corpus, arguments.speaker, arguments.temperature)
-        print(json.dumps(found))
+        places = (arguments.checkpoint, arguments.recordings, arguments.corpus)
+        print(json.dumps(measure(*places, arguments.speaker, arguments.temperature, arguments.only_new)))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ class DataConfig:
     rows_per_batch: int = 8  # rows of one micro-batch on one device
     num_workers: int = 0  # prefetching processes; the order of samples does not depend on it
     max_val_batches: int = 16  # 0 takes every validation row
+    val_path: str | None = None  # where the validation split lies; null is every one of `path`
     max_bad_share: float = 0.01  # of a split's samples that may be damaged (quarantine.jsonl of the run names them); above, it stops
     min_duration_s: float = 0.0  # of a conversation; shorter ones are left out and counted
     max_duration_s: float = 0.0  # of a conversation; longer ones are left out and counted; 0 is no limit
@@ -139,11 +140,14 @@ class DataConfig:
     cache_dir: str | None = None  # where shards behind URLs are copied to, whole; null reads them by ranges (needs verify=size)
     learn_speakers: list[Any] = field(default_factory=list)  # numbers or names whose turns are learnt, others are heard; empty is all
     learn_depth_speakers: list[Any] | None = None  # the same for the depth decoder alone; null is as learn_speakers
+    tag_styles: bool = False  # write a turn's style, else its emotion, in front of its text: (happy) seven four two
+    tag_dropout: float = 0.1  # share of turns with a style that are learnt without their tag, so that speech goes without, too
 
     def __post_init__(self) -> None:
         for key, speakers in (("learn_speakers", self.learn_speakers), ("learn_depth_speakers", self.learn_depth_speakers or [])):
             is_speakers = all(isinstance(speaker, (int, str)) and not isinstance(speaker, bool) for speaker in speakers)
             _require(is_speakers, f"data.{key}", speakers, "numbers or names of speakers, [0,anna]")
+        _require(0 <= self.tag_dropout < 1, "data.tag_dropout", self.tag_dropout, "a share in [0, 1)")
         _one_of("data.kind", self.kind, ("demo", "shards", "random"))
         _one_of("data.verify", self.verify, ("digest", "size"))
         is_paths = self.paths and all(isinstance(path, str) and path for path in self.paths)
@@ -185,6 +189,7 @@ class TextConfig:
 
     tokenizer: str = "words"  # "words" lives beside the shards, "bytes" needs nothing, "llama3" is CSM's
     source: str | None = None  # folder or hub id; None is <data.path>/tokenizer.json, or the llama-models package's
+    added: list[str] = field(default_factory=list)  # with base=: words, and the next speaker [n], that its word tokenizer learns
 
     def __post_init__(self) -> None:
         _one_of("text.tokenizer", self.tokenizer, ("words", "bytes", "llama3"))
@@ -348,7 +353,10 @@ class TrainConfig:
             weights,
             f"{num_weights} weights, one for each of codebooks 1..{num_weights}",
         )
+        _require(not self.text.added or self.base is not None, "text.added", self.text.added, "nothing without base=")
         if self.adapter.kind != "none":
+            is_learnt = not self.text.added or "text_embeddings" in self.adapter.also_train
+            _require(is_learnt, "text.added", self.text.added, "nothing without text_embeddings in adapter.also_train, which learns it")
             _require(
                 self.base is not None,
                 "adapter.kind",
@@ -400,18 +408,25 @@ class FinetuneConfig(TrainConfig):
     experiment_name: str = "finetune"
     base: str | None = "???"  # run, checkpoint or hub id to start from: brings weights, shapes, tokenizer and codec
     data: DataConfig = field(default_factory=lambda: DataConfig(kind="shards", path="???", max_val_batches=0))  # data=X is data.path=X
-    speaker: int = 0  # number that the recordings' voice gets; one the base's tokenizer knows, and speaks with that voice from then on
+    # number that the recordings' voice gets and speaks with from then on; null is a new one where the base's tokenizer counts its
+    # speakers (words), else 0
+    speaker: int | None = None
     renumber_speakers: bool = True  # false keeps the numbers of a manifest; then `speaker` says nothing
     val_share: float = 0.1  # of the recordings, whole ones, to validate on
     num_phases: int = 1  # copies of what is learnt, each cut a part of a frame later (encode.num_phases of python -m data_prep)
     keep: str | None = None  # folder of shards that the base was good at: how much of it is lost is measured; null is not measured
+    replay: float = 0.0  # share of the positions learnt from that are `keep`'s training split, so that less of it is lost
     evaluate: bool = False  # also do what evaluate.py does, with `keep`'s held-out lines
     export: str | None = None  # "transformers", "csm" or "sesame": also write the result in that layout, to <run>/export
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.speaker >= 0, "speaker", self.speaker, "0 or more")
-        _require(self.renumber_speakers or self.speaker == 0, "speaker", self.speaker, "0 with renumber_speakers=false")
+        _require(self.speaker is None or self.speaker >= 0, "speaker", self.speaker, "0 or more, or null")
+        _require(self.renumber_speakers or self.speaker is None, "speaker", self.speaker, "null with renumber_speakers=false")
+        _require(0 <= self.replay < 1, "replay", self.replay, "a share in [0, 1)")
+        _require(not self.replay or self.keep is not None, "replay", self.replay, "0 without keep=, which is replayed")
+        is_one = len(self.data.paths) == 1 and self.data.weights is None
+        _require(not self.replay or is_one, "replay", self.replay, "0 with several data.path, whose data.weights say it")
         _require(0 < self.val_share < 1, "val_share", self.val_share, "a share in (0, 1): early stopping needs recordings it never learns")
         _require(not self.evaluate or self.keep is not None, "evaluate", self.evaluate, "false without keep=, whose lines are spoken")
         _require(self.export in (None, "transformers", "csm", "sesame"), "export", self.export, "transformers, csm, sesame or null")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from csm.packaged import packaged_file
@@ -58,22 +58,44 @@ class TextTokenizer(ABC):
 class WordTokenizer(TextTokenizer):
     """One id a word of a closed vocabulary, one a speaker: what a model needs that must learn in minutes.
 
-    Ids: 0 is never used (an empty column), 1 BOS, 2 EOS, then `[0]`.. `[num_speakers - 1]`, then the words, sorted.
+    Ids: 0 is never used (an empty column), 1 BOS, 2 EOS, then `[0]`.. of the corpus's speakers, then the words, sorted, then what
+    was added after the model was trained: words, and speakers `[n]` in the order of their numbers.
     """
 
     kind = "words"
     bos_id, eos_id = 1, 2
 
-    def __init__(self, words: Iterable[str], num_speakers: int) -> None:
+    def __init__(self, words: Iterable[str], num_speakers: int, added: Sequence[str] = ()) -> None:
         self.words = sorted(set(words))
-        self.num_speakers = num_speakers
-        for word in self.words:
-            if not re.fullmatch(_WORD, word):
-                raise ValueError(f"{word!r} is not a word: expected characters without spaces and brackets")
-        self._pieces = ["", "<bos>", "<eos>", *(f"[{i}]" for i in range(num_speakers)), *self.words]
-        self._speaker_ids = {f"[{i}]": 3 + i for i in range(num_speakers)}
-        self._word_ids = {word: 3 + num_speakers + i for i, word in enumerate(self.words)}  # BOS and EOS cannot be written
+        self.added = list(added)
+        speakers = [f"[{i}]" for i in range(num_speakers)]
+        for word in (*self.words, *self.added):
+            if word in self.added and word == f"[{len(speakers)}]":
+                speakers.append(word)
+            elif not re.fullmatch(_WORD, word):
+                raise ValueError(
+                    f"{word!r} is not a word: expected characters without spaces and brackets, or the next speaker, [{len(speakers)}]"
+                )
+        self._num_first_speakers, self.num_speakers = num_speakers, len(speakers)
+        self._pieces = ["", "<bos>", "<eos>", *speakers[:num_speakers], *self.words, *self.added]
+        if len(set(self._pieces)) < len(self._pieces):
+            raise ValueError(f"added {self.added}: expected pieces that are not there yet, each once")
+        ids = {piece: i for i, piece in enumerate(self._pieces) if i > self.eos_id}  # BOS and EOS cannot be written
+        self._speaker_ids = {piece: ids.pop(piece) for piece in speakers}
+        self._word_ids = ids
         self.vocab_size = len(self._pieces)
+
+    def with_added(self, pieces: Sequence[str]) -> WordTokenizer:
+        """One that knows more words or speakers; the ids of what this one knows stay.
+
+        Raises:
+            ValueError: a piece is no word and not the next speaker, or there already.
+        """
+        return WordTokenizer(self.words, self._num_first_speakers, [*self.added, *pieces])
+
+    def speaker_id(self, speaker: int) -> int:
+        """The id of `[speaker]`, one that it knows."""
+        return self._speaker_ids[f"[{speaker}]"]
 
     def encode(self, text: str) -> list[int]:
         pieces = re.findall(rf"\[\d+\]|{_WORD}|[\[\]]", text)
@@ -91,7 +113,8 @@ class WordTokenizer(TextTokenizer):
         return re.sub(r"(\[\d+\]) ", r"\1", " ".join(pieces))
 
     def settings(self) -> dict[str, object]:
-        return {"kind": self.kind, "num_speakers": self.num_speakers, "words": self.words}
+        settings: dict[str, object] = {"kind": self.kind, "num_speakers": self._num_first_speakers, "words": self.words}
+        return settings | ({"added": self.added} if self.added else {})
 
 
 def _shortened(text: str) -> str:
@@ -209,7 +232,7 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings["kind"]
         if kind == "words":
-            return WordTokenizer(settings["words"], settings["num_speakers"])
+            return WordTokenizer(settings["words"], settings["num_speakers"], settings.get("added", []))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not one of our tokenizer files ({error!r}); prep or training writes it") from error
     return load_tokenizer(kind, settings.get("source"))

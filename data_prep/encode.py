@@ -239,6 +239,7 @@ def _sample(key: str, piece: Sequence[CutTurn], conversation: Conversation, conf
                 "backchannel": cut.turn.backchannel,
                 "quality": {"clipping": round(ingested.clipping, 6), **cut.turn.quality},
                 "emotion": cut.turn.emotion,
+                **({"style": cut.turn.style} if cut.turn.style is not None else {}),
                 "learn": {"c0": cut.turn.learn, "depth": cut.turn.learn},
             }
         )

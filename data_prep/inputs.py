@@ -44,7 +44,8 @@ class _InputLine:
     language: str | None = None
 
 
-_TURN_KEYS = ("text", "speaker", "speaker_name", "channel", "start_s", "end_s")
+_TURN_KEYS = ("text", "speaker", "speaker_name", "channel", "start_s", "end_s", "emotion", "style")
+_LABELS = ("emotion", "style")
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ def _tar_candidate(tar: Path, source: str, group: list[tars.Member], with_texts:
     license, language = (value if isinstance(value := told.get(key), str) else None for key in ("license", "language"))
     if not with_texts:
         return Candidate(source, [], license, language)
-    single = {key: told[key] for key in _TURN_KEYS if told.get(key) is not None}  # other keys are the shard maker's own
+    single = {
+        key: told[key] for key in _TURN_KEYS if told.get(key) is not None and (key not in _LABELS or isinstance(told[key], str))
+    }  # other keys are the shard maker's own
     if ".txt" in texts:
         single["text"] = normalised(texts[".txt"], "its .txt member")
     if "turns" not in told and not single.get("text"):

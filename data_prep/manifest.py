@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -21,6 +22,7 @@ from data_prep.tars import opened
 DIGEST_CHARACTERS = 16
 MAX_SPEAKER = 9_999
 _BLOCK_BYTES = 2**20
+_LABEL = re.compile(r"\w+(?:[ -]\w+)*")  # of a style: it is written in brackets, in front of a text
 
 
 @dataclass
@@ -40,6 +42,7 @@ class ManifestTurn:
         learn: false keeps it as context that no loss is taken of.
         quality: measures by name (docs/data.md).
         emotion: `label` and `probability`.
+        style: how it is said, in a word or a few; goes before `emotion` where a tag is made of them.
     """
 
     text: str
@@ -55,6 +58,7 @@ class ManifestTurn:
     learn: bool = True
     quality: dict[str, float] = field(default_factory=dict)
     emotion: dict[str, Any] | None = None
+    style: str | None = None
 
 
 _OPTIONAL = {
@@ -153,6 +157,8 @@ def check_turns(raw: object, what: str, *, may_be_empty: bool = False) -> list[M
 
 
 def _check_turn(raw: object, what: str, is_only: bool) -> ManifestTurn:
+    if isinstance(raw, dict) and isinstance(raw.get("emotion"), str):  # as people write it: sure of it
+        raw = {**raw, "emotion": {"label": raw["emotion"], "probability": 1.0}}
     values = check_object(raw, ManifestTurn, what)
     if "speaker" not in values and values.get("channel") is not None:
         values = {**values, "speaker": values["channel"]}
@@ -166,6 +172,9 @@ def _check_turn(raw: object, what: str, is_only: bool) -> ManifestTurn:
     start_s = turn.start_s or 0.0
     if start_s < 0 or (turn.end_s is not None and turn.end_s <= start_s):
         raise Rejected("schema", f"{what}: from {turn.start_s} to {turn.end_s} s, expected 0 <= start_s < end_s")
+    for key, label in (("style", turn.style), ("emotion", (turn.emotion or {}).get("label", "x"))):
+        if label is not None and not (isinstance(label, str) and _LABEL.fullmatch(label)):
+            raise Rejected("schema", f"{what}: {key} is {label!r}, expected words of letters and digits, such as happy")
     turn.text = normalised(turn.text, f"{what}: its text")
     if not turn.text:
         raise Rejected("no_text", f"{what}: its text is empty")

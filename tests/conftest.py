@@ -133,7 +133,10 @@ def demo_corpus_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_conversations() -> Callable[..., Path]:
-    """`write_conversations(folder, [[(speaker, text, num_frames), ...], ...])`: shards of made-up codes, by the real writer."""
+    """`write_conversations(folder, [[(speaker, text, num_frames), ...], ...])`: shards of made-up codes, by the real writer.
+
+    A turn can have a fourth part, a dict of what else its JSON holds.
+    """
     import numpy as np
 
     from data_prep.shard import Sample, write_split
@@ -152,10 +155,9 @@ def write_conversations() -> Callable[..., Path]:
         samples = []
         for index, conversation in enumerate(conversations):
             turns, first = [], 0
-            for speaker, text, num_frames in conversation:
-                turns.append(
-                    {"speaker": speaker, "text": text, "frames": [first, first + num_frames], "learn": {"c0": True, "depth": True}}
-                )
+            for speaker, text, num_frames, *more in conversation:
+                turn = {"speaker": speaker, "text": text, "frames": [first, first + num_frames], "learn": {"c0": True, "depth": True}}
+                turns.append({**turn, **(more[0] if more else {})})
                 first += num_frames
             samples.append(
                 Sample(

@@ -27,14 +27,16 @@ REPEATS = ("codec", "text")  # these say their names even when default, to win o
 
 
 def _primary(path: Path) -> str:
-    return {"prep": "prep", "recipe": "finetune"}.get(path.parent.name, "train")
+    if path.stem.startswith("finetune_"):
+        return "finetune"
+    return "prep" if path.parent.name == "prep" else "train"
 
 
 def _overrides(path: Path) -> list[str]:
     if path.parent.name == "pairing":
         return [f"model={path.stem}"]
-    if path.parent.name == "recipe":
-        return [f"recipe={path.stem}", *REQUIRED["finetune"]]
+    if path.stem.startswith("finetune_"):
+        return [f"experiment={path.stem}", *REQUIRED["finetune"]]
     fitting = ["model=csm_small"] if path.stem == "mimi" else []  # 32 codebooks
     if path.parent.name == "adapter":
         fitting = ["base=runs/demo/x"]
@@ -61,7 +63,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def test_primary_composes_to_its_dataclass_and_equals_its_defaults(name: str) -> None:
     config = compose(name, REQUIRED.get(name, []), PRIMARIES[name])
     if name == "finetune":  # without a recipe it would be nobody's: the one for little data
-        recipe = compose(name, [*REQUIRED[name], "recipe=voice_5min", "adapter=lora"], FinetuneConfig)
+        recipe = compose(name, [*REQUIRED[name], "experiment=finetune_voice_5min", "adapter=lora"], FinetuneConfig)
         assert config == recipe and config.adapter.kind == "lora"
         return
     if name == "plan":  # of no use for the demo model: it plans the published one

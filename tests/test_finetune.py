@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from csm import csm_loss
 from csm.cli.finetune import SUMMARY_NAME, finetune, main
@@ -22,9 +23,12 @@ from csm.config import AdapterConfig, DataConfig, FinetuneConfig, OptimConfig, T
 from csm.data.datamodule import CSMDataModule
 from csm.data.shards import iter_samples
 from csm.frames import Batch
-from csm.model.pretrained import resolve_checkpoint
+from csm.generation.generator import Generator
+from csm.model.pretrained import load_model, resolve_checkpoint
+from csm.text import WordTokenizer, tokenizer_from_folder
 from data_prep.script import VOICES
 from data_prep.synthesis import Synthesizer, random_for
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -157,6 +161,50 @@ def test_recordings_without_texts_are_transcribed_into_words_the_base_knows(conf
     assert len(turns) >= 4 and all(set(turn.text.split()) <= digits for turn in turns), [turn.text for turn in turns]
 
 
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_a_voice_gets_a_number_of_its_own_and_old_ones_keep_theirs(
+    config: FinetuneConfig, recordings: Path, talks: Path, speaking_checkpoint: Path, word_tokenizer, kind: str
+) -> None:
+    adapter = replace(config.adapter, kind=kind)
+    mixed = replace(config, data=replace(config.data, path=str(recordings)), adapter=adapter, val_share=0.3, keep=str(talks), replay=0.5)
+    run_dir = finetune(mixed)
+    turns = [turn for sample in iter_samples(run_dir / "data" / "train") for turn in sample.turns]
+    assert {turn.speaker for turn in turns} == {word_tokenizer.num_speakers}
+    best = resolve_checkpoint(run_dir)
+    tokenizer = tokenizer_from_folder(best)
+    assert isinstance(tokenizer, WordTokenizer) and tokenizer.encode_turn(1, "one") == word_tokenizer.encode_turn(1, "one")
+    before, after = load_model(speaking_checkpoint).text_embeddings.weight, load_model(best).text_embeddings.weight
+    new = tokenizer.speaker_id(word_tokenizer.num_speakers)
+    old = [tokenizer.speaker_id(number) for number in range(word_tokenizer.num_speakers)]
+    learnt, begun = after[new] - before[old].mean(dim=0), before[new] - before[old].mean(dim=0)
+    assert 0 < learnt.norm() < begun.norm(), "it begins as the mean of the old ones, and is learnt"
+    assert torch.equal(after[new + 1 :], before[new + 1 :])
+    settings = json.loads((run_dir / "finetune.json").read_text())
+    assert set(settings["nats"]) == {"new", "kept"}
+    with pytest.raises(ValueError, match="already holds a run"):
+        finetune(mixed)
+    finetune(replace(mixed, resume="auto", trainer=replace(config.trainer, max_steps=6)))
+    Generator.from_pretrained(run_dir, watermark="off").generate_codes("one two", speaker=4, max_duration_s=0.5)
+
+
+def test_replayed_turns_are_learnt_from_and_never_validated_on(config: FinetuneConfig, recordings: Path, talks: Path) -> None:
+    settings = replace(config, data=replace(config.data, path=str(recordings)), val_share=0.3, keep=str(talks), replay=0.25)
+    run_dir = finetune(settings)
+    written = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]
+    assert written["path"] == [str(run_dir / "data"), str(talks)] and written["weights"] == [0.75, 0.25]
+    assert written["val_path"] == str(run_dir / "data")
+    tokenizer = tokenizer_from_folder(resolve_checkpoint(run_dir))
+    assert isinstance(tokenizer, WordTokenizer)
+    module = CSMDataModule(DataConfig(**written), tiny_config(), tokenizer)
+    tokens = {tokenizer.speaker_id(number): number for number in range(tokenizer.num_speakers)}
+    heard = [
+        {tokens[int(i)] for batch in batches for i in batch.tokens[..., -1].unique() if int(i) in tokens}
+        for batches in (module.train_dataloader(), module.val_dataloader())
+    ]
+    assert heard == [{0, 1, 4}, {4}]
+    assert module.stats()[f"share/{talks}"] == pytest.approx(0.25, abs=0.1)
+
+
 def test_a_speaker_the_base_does_not_know_is_refused(config: FinetuneConfig, recordings: Path) -> None:
     with pytest.raises(ValueError, match="speaker=9"):
         finetune(replace(config, data=replace(config.data, path=str(recordings)), speaker=9))
@@ -173,7 +221,7 @@ def test_shards_keep_their_speakers(config: FinetuneConfig) -> None:
         (("data=x",), 2, "base is required"),
         (("base=x",), 2, "data.path is required"),
         (("base=x", "data=y", "spaeker=1"), 2, "spaeker: no such key"),
-        (("base=x", "data=y", "recipe=voice"), 2, "recipe=voice: no such choice"),
+        (("base=x", "data=y", "experiment=voice"), 2, "experiment=voice: no such choice"),
         (("base=nowhere", "data=y"), 1, "nowhere: no such folder"),
         (("base=x", "data=y", "val_share=0"), 2, "val_share"),
         (("base=x", "data=y", "trainer.validate_every=0"), 2, "trainer.patience"),
@@ -192,9 +240,9 @@ def test_missing_data_is_one_line(speaking_checkpoint: Path, run_main: Callable,
 
 
 def test_every_recipe_composes_with_every_adapter() -> None:
-    for recipe in ("voice_5min", "voice_5h", "new_language"):
+    for recipe in ("voice_5min", "voice_5h", "language", "style"):
         for adapter in ("none", "lora", "dora"):
-            config = compose("finetune", ["base=x", "data.path=y", f"recipe={recipe}", f"adapter={adapter}"], FinetuneConfig)
+            config = compose("finetune", ["base=x", "data.path=y", f"experiment=finetune_{recipe}", f"adapter={adapter}"], FinetuneConfig)
             assert config.adapter.kind == adapter and config.trainer.patience > 0
     with pytest.raises(UsageError):
         compose("finetune", ["base=x", "data.path=y", "data.learn_speakers=[1.5]"], FinetuneConfig)

@@ -63,6 +63,24 @@ class TestWords:
         with pytest.raises(ValueError, match="not a word"):
             WordTokenizer([*WORDS, word], num_speakers=2)
 
+    def test_what_is_added_gets_new_ids_and_moves_no_old_one(self, words: WordTokenizer, tmp_path: Path) -> None:
+        more = words.with_added(["[4]", "(happy)"]).with_added(["[5]"])
+        assert more.vocab_size == words.vocab_size + 3 and more.num_speakers == 6
+        assert more.encode_turn(2, "seven four") == words.encode_turn(2, "seven four")
+        first = words.vocab_size
+        assert more.encode_turn(4, "(happy) four") == [1, first, first + 1, *words.encode("four"), 2]
+        assert more.speaker_id(5) == first + 2
+        assert more.decode(more.encode_turn(5, "(happy) four")) == "[5](happy) four"
+        more.save(tmp_path)
+        assert tokenizer_from_folder(tmp_path).encode_turn(5, "(happy)") == more.encode_turn(5, "(happy)")
+
+    @pytest.mark.parametrize(
+        ("pieces", "named"), [(["[5]"], r"next speaker, \[4\]"), (["a b"], "not a word"), (["seven"], "not there yet")]
+    )
+    def test_what_cannot_be_added_is_refused(self, words: WordTokenizer, pieces: list[str], named: str) -> None:
+        with pytest.raises(ValueError, match=named):
+            words.with_added(pieces)
+
 
 class TestBytes:
     @given(st.text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -155,22 +156,46 @@ def test_multirun_refuses_several_processes_a_job_without_a_launcher(run_main: C
     assert "a sweep of runs with 2 processes each needs hydra/launcher=slurm" in _one_line(err)
 
 
-def test_slurm_sweep_without_its_plug_in_says_what_to_install(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("choice", "brought", "plug_in"),
+    [
+        ("hydra/launcher=slurm", "submitit_slurm.yaml", "hydra-submitit-launcher"),
+        ("hydra/sweeper=learning_rate", "optuna.yaml", "hydra-optuna-sweeper"),
+    ],
+)
+def test_a_sweep_without_its_plug_in_says_what_to_install(
+    run_main: Callable, monkeypatch: pytest.MonkeyPatch, choice: str, brought: str, plug_in: str
+) -> None:
     import hydra_plugins
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
-    repository = ConfigStore.instance().repo["hydra"]["launcher"]
-    monkeypatch.delitem(repository, "submitit_slurm.yaml", raising=False)
+    repository = ConfigStore.instance().repo["hydra"][choice.removeprefix("hydra/").split("=")[0]]
+    monkeypatch.delitem(repository, brought, raising=False)
     monkeypatch.setattr(hydra_plugins, "__path__", [])
     Plugins.instance()._initialize()
     try:
-        status, _, err = run_main("--multirun", *TINY, "hydra/launcher=slurm", "seed=1,2")
+        status, _, err = run_main("--multirun", *TINY, choice, "seed=1,2")
     finally:
         monkeypatch.undo()
         Plugins.instance()._initialize()
     assert status == 2
-    assert "pip install 'hydra-submitit-launcher" in _one_line(err)
+    assert f"pip install '{plug_in}" in _one_line(err)
+
+
+def test_a_sweep_finds_the_learning_rate_of_lowest_validation_loss(run_main: Callable) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is in the extra sweep")
+    sweep = ["--multirun", "hydra/sweeper=learning_rate", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=sweep"]
+    status, _, err = run_main(*sweep, *TINY, "optim.warmup_steps=0", "trainer.validate_every=1")
+    assert status == 0, err
+    rates, losses = [], []
+    for number in "012":
+        rates.append(yaml.safe_load(Path("sweep", number, "config.yaml").read_text())["optim"]["lr"])
+        with open(Path("sweep", number, "metrics.csv"), newline="", encoding="utf-8") as file:
+            losses.append(min(float(row["val/loss"]) for row in csv.DictReader(file)))
+    found = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
+    assert len(set(losses)) == 3 and found["best_value"] == pytest.approx(min(losses))
+    assert found["best_params"]["optim.lr"] == pytest.approx(rates[losses.index(min(losses))])
 
 
 def test_train_py_runs_by_itself_and_records_its_surroundings(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,28 @@ class Base:
         assert self.codec_folder is not None
         return str(read_description(self.codec_folder)["name"])
 
+    def with_added(self, pieces: Sequence[str]) -> Base:
+        """The base with a word tokenizer that knows more, in rows of the text table that it never used.
+
+        Raises:
+            ValueError: if the tokenizer is of another kind, or the table has no row left.
+        """
+        from csm.text import WordTokenizer
+
+        if not isinstance(self.tokenizer, WordTokenizer):
+            raise ValueError(f"text.added={list(pieces)}: the {self.tokenizer.kind} tokenizer of {self.name} reads any text; leave it out")
+        try:
+            tokenizer = self.tokenizer.with_added(pieces)
+        except ValueError as error:
+            raise ValueError(f"text.added={list(pieces)}: {error}") from error
+        if tokenizer.vocab_size > self.model.text_vocab_size:
+            free = self.model.text_vocab_size - self.tokenizer.vocab_size
+            raise ValueError(
+                f"text.added={list(pieces)}: the text table of {self.name} has {free} rows left; train a base with a larger "
+                "model.text_vocab_size"
+            )
+        return replace(self, tokenizer=tokenizer)
+
     def weights_digest(self) -> str:
         """sha256 over its weight files: an adapter only means something beside the same weights."""
         digest = hashlib.sha256()
@@ -58,11 +81,13 @@ class Base:
         return digest.hexdigest()
 
 
-def open_base(name: str) -> Base:
+def open_base(name: str, added: Sequence[str] = ()) -> Base:
     """Find a checkpoint and what it needs besides its weights, which are not read yet.
 
+    Args:
+        added: pieces that its tokenizer is to know besides (`text.added`).
     Raises:
-        FileNotFoundError, ValueError: if there is none, or its tokenizer is missing.
+        FileNotFoundError, ValueError: if there is none, its tokenizer is missing or cannot take `added`.
     """
     from csm.codec.folder import DESCRIPTION_NAME, read_description
     from csm.generation.checkpoint import load_tokenizer_of
@@ -72,4 +97,5 @@ def open_base(name: str) -> Base:
     model = read_config(folder)
     codec_folder = folder / "codec" if (folder / "codec" / DESCRIPTION_NAME).is_file() else None
     digest = None if codec_folder is None else str(read_description(codec_folder)["digest"])
-    return Base(name, folder, model, load_tokenizer_of(folder, model), codec_folder, digest)
+    base = Base(name, folder, model, load_tokenizer_of(folder, model), codec_folder, digest)
+    return base.with_added(added) if added else base

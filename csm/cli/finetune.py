@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from csm.cli.base import Base, open_base
 from csm.cli.hydra_entry import main as hydra_main
 from csm.cli.train import train
-from csm.config import EvaluateConfig, FinetuneConfig, TrainConfig
+from csm.config import DataConfig, EvaluateConfig, FinetuneConfig, TrainConfig
 from csm.whole_files import write_text
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and a typo are answered without it
+    from csm.data.shards import Sample
     from csm.training.stop_request import StopRequest
 
 _ABOUT = (
@@ -26,8 +27,8 @@ _ABOUT = (
 )
 _EXAMPLES = (
     "finetune.py base=sesame/csm-1b data=recordings   # wavs, a .txt beside each; or a metadata.csv, or a manifest.jsonl",
-    "finetune.py base=runs/demo/mine data=recordings recipe=voice_5min speaker=0 keep=data/demo",
-    "finetune.py base=sesame/csm-1b data=/data/speech recipe=new_language trainer=ddp trainer.devices=8   # shards",
+    "finetune.py base=runs/demo/mine data=recordings keep=data/demo replay=0.3",
+    "finetune.py base=sesame/csm-1b data=/data/speech experiment=finetune_language trainer=ddp trainer.devices=8   # shards",
 )
 MAX_SCORED = 100  # conversations of a split that base and result are both scored on, spread evenly
 SUMMARY_NAME = "finetune.json"
@@ -44,15 +45,18 @@ def _as_data_path(argument: str) -> str:
     return "data.path=" + argument.removeprefix("data=") if argument.startswith("data=") else argument
 
 
-def _finetune_until_done_or_told(config: FinetuneConfig) -> None:
+def _finetune_until_done_or_told(config: FinetuneConfig) -> float | None:
+    """Fine-tune, and tell a sweep how good it became."""
+    from csm.training.run_folder import lowest_validation_loss
     from csm.training.stop_request import StopRequest
 
     with StopRequest() as request:
-        finetune(config, request)
+        run_dir = finetune(config, request)
         if request.answered:
             from csm.training.signals import answer
 
             sys.exit(answer(request, partial(print, flush=True)))
+    return lowest_validation_loss(run_dir)
 
 
 def finetune(config: FinetuneConfig, request: StopRequest | None = None) -> Path:
@@ -65,15 +69,71 @@ def finetune(config: FinetuneConfig, request: StopRequest | None = None) -> Path
     from csm.training.stop_request import is_first_process
 
     assert config.base is not None
-    base = open_base(config.base)
+    config, base = _with_speaker(config, open_base(config.base, config.text.added))
     run_dir = choose_run_dir(config)
     shards = _prepared(config, base, run_dir) if is_first_process() else _shards_of(config, run_dir)
+    config, base = _with_styles(config, base, shards)
     settings = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
-    settings |= {"data": replace(config.data, path=shards), "run_dir": str(run_dir), "resume": config.resume or "auto"}
+    settings |= {"data": _learnt(config, shards), "run_dir": str(run_dir), "resume": config.resume or "auto"}
     train(TrainConfig(**settings), request)
     if is_first_process() and not (request is not None and request.answered):
         _hand_over(config, base, run_dir, shards)
     return run_dir
+
+
+def _with_speaker(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, Base]:
+    """Both with the number of the recordings' voice settled: one that the base knows, or the next, which its tokenizer then learns.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    from csm.text import WordTokenizer
+
+    if not config.renumber_speakers or not _is_recordings(config.data.path):
+        return config, base
+    tokenizer = base.tokenizer
+    if not isinstance(tokenizer, WordTokenizer):
+        return replace(config, speaker=config.speaker or 0), base
+    speaker = tokenizer.num_speakers if config.speaker is None else config.speaker
+    if speaker != tokenizer.num_speakers:
+        return replace(config, speaker=speaker), base
+    return _with_added(replace(config, speaker=speaker), base, [f"[{speaker}]"])
+
+
+def _with_styles(config: FinetuneConfig, base: Base, shards: Any) -> tuple[FinetuneConfig, Base]:
+    """Both with the tags of the shards' styles, which a word tokenizer has to learn; others read any text."""
+    from csm.data.corpora import split_folders
+    from csm.data.shards import ShardReader
+    from csm.data.styles import style_tag
+    from csm.text import WordTokenizer
+
+    if not config.data.tag_styles or not isinstance(base.tokenizer, WordTokenizer):
+        return config, base
+    reader = ShardReader(
+        [folder for path in replace(config.data, path=shards).paths for folder in split_folders(path, config.data.train_split)]
+    )
+    found = {style_tag(turn) for meta in reader.read_metas(range(len(reader))) if isinstance(meta, dict) for turn in meta["turns"]}
+    if not found - {None}:
+        raise ValueError(f"data.tag_styles=true: no turn of {shards} has a style or an emotion; name them in a manifest.jsonl")
+    known = set(base.tokenizer.words) | set(base.tokenizer.added)
+    pieces = sorted(tag for tag in found if tag is not None and tag not in known)
+    return _with_added(config, base, pieces) if pieces else (config, base)
+
+
+def _with_added(config: FinetuneConfig, base: Base, pieces: list[str]) -> tuple[FinetuneConfig, Base]:
+    """Both with pieces that the base's tokenizer did not know, and what an adapter needs to learn them."""
+    wholes = config.adapter.also_train
+    adapter = replace(config.adapter, also_train=wholes if "text_embeddings" in wholes else [*wholes, "text_embeddings"])
+    text = replace(config.text, added=[*config.text.added, *pieces])
+    return replace(config, adapter=adapter, text=text), base.with_added(pieces)
+
+
+def _learnt(config: FinetuneConfig, shards: Any) -> DataConfig:
+    """What is learnt from: the shards, and beside them `keep`'s, of which nothing is validated on."""
+    if not config.replay:
+        return replace(config.data, path=shards)
+    weights = [1 - config.replay, config.replay]
+    return replace(config.data, path=[shards, config.keep], weights=weights, val_path=config.data.val_path or shards)
 
 
 def _is_recordings(place: Any) -> bool:
@@ -100,18 +160,22 @@ def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
     if isinstance(place, str) and "://" not in place and not any(letter in place for letter in "*?[") and not Path(place).exists():
         raise FileNotFoundError(f"data={place}: no such file or folder; give a folder of recordings with texts, a table of them, or shards")
     if not _is_recordings(place):
-        if config.speaker or not config.renumber_speakers:
+        if config.speaker is not None or not config.renumber_speakers:
             raise ValueError(f"speaker={config.speaker}: {place} holds shards, which have their speakers already; leave it out")
         return place
-    try:
-        base.tokenizer.encode_turn(config.speaker, "")
-    except ValueError as error:
-        raise ValueError(f"speaker={config.speaker}: {error}") from error
+    if config.speaker is not None:
+        try:
+            base.tokenizer.encode_turn(config.speaker, "")
+        except ValueError as error:
+            raise ValueError(f"speaker={config.speaker}: {error}") from error
     if num_tasks() > 1:
         raise ValueError(
             f"data={place}: prepare recordings before a job of many processes, and give their shards: {_in_shell(config, base)}"
         )
     output = run_dir / "data"
+    if config.text.added:  # prep reads it from a file
+        _text_folder(output).mkdir(parents=True, exist_ok=True)
+        base.tokenizer.save(_text_folder(output))
     status = subprocess.run([sys.executable, *_prep_command(config, base, output)], check=False).returncode
     for split in (config.data.train_split, config.data.val_split):
         if not (output / split / "index.json").is_file():
@@ -122,6 +186,11 @@ def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
     if status:
         print(f"some recordings were dropped: {output}/failures.jsonl says which and why", flush=True)
     return str(output)
+
+
+def _text_folder(output: Path) -> Path:
+    """Where the base's tokenizer lies with what it learnt anew, for preparing."""
+    return output.with_name("text")
 
 
 def _has_texts(place: Path) -> bool:
@@ -147,7 +216,9 @@ def _prep_command(config: FinetuneConfig, base: Base, output: Path) -> list[str]
     command += [f"codec={codec}", f"codec.num_codebooks={base.model.num_codebooks}", f"text={kind}"]
     if base.codec_folder is not None:
         command.append(f"codec.source={base.codec_folder}")
-    if kind != "bytes" and (base.folder / FILE_NAME).is_file():
+    if config.text.added:
+        command.append(f"text.source={_text_folder(output)}")
+    elif kind != "bytes" and (base.folder / FILE_NAME).is_file():
         command.append(f"text.source={base.folder}")
     if config.renumber_speakers:
         return [*command, f"encode.first_speaker={config.speaker}"]
@@ -199,8 +270,19 @@ def _score(checkpoint: Path, place: Any, config: FinetuneConfig, base: Base) -> 
     ShardIndex.load(folder).check_codec(num_codebooks=base.model.num_codebooks, digest=base.codec_digest)
     reader = ShardReader(folder)
     samples = [reader.read(index) for index in evenly_spaced(list(range(len(reader))), MAX_SCORED)]
+    if config.data.tag_styles:
+        samples = [_tagged(sample) for sample in samples]
     scores = score_samples(load_model(checkpoint), base.tokenizer, samples, seed=config.seed, name=str(place))
     return {"c0": scores.c0.value, "depth": scores.depth.value, "eos_recall": scores.eos_recall.value}
+
+
+def _tagged(sample: Sample) -> Sample:
+    """A sample whose every text has its tag."""
+    from csm.data.styles import StyleTags
+
+    tags = StyleTags(dropout=0.0)
+    pairs = enumerate(zip(sample.turns, sample.meta["turns"], strict=True))
+    return replace(sample, turns=[replace(turn, text=tags.text(meta, sample.key, index)) for index, (turn, meta) in pairs])
 
 
 def _count_parameters(best: Path, base: Base) -> dict[str, int]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from csm.frames import Turn
-    from csm.generation.generator import Generator, Request
+    from csm.generation.generator import GeneratedCodes, Generator, Request
 
 from csm.cli.conversation import read_conversation, read_json_lines, turns_from_json
 from csm.cli.speaking_progress import Progress, print_report
@@ -26,7 +26,7 @@ from csm.config import DEFAULT_WATERMARK
 
 _REQUEST_KEYS = (
     "text", "speaker", "context", "voice", "out", "seed", "temperature", "top_k", "max_duration_s", "min_duration_s", "trim_silence",
-    "stop_loops",
+    "stop_loops", "adapter",
 )  # fmt: skip
 
 
@@ -43,9 +43,14 @@ def declare(commands: Any) -> None:
         "  csm generate --checkpoint C --batch lines.jsonl --out-dir spoken/ --compile\n\n"
         'conversation.json is a list of {"speaker": 0, "text": "...", "audio": "path.wav"}, oldest first; paths are relative to it.\n'
         "A line of --batch is an object with text and, as needed, speaker, context (as above), voice, out, seed, temperature,\n"
-        "top_k, max_duration_s, min_duration_s, trim_silence, stop_loops; what it leaves out is taken from the command line.",
+        "top_k, max_duration_s, min_duration_s, trim_silence, stop_loops, adapter (a NAME of --adapter, or null for none); what it leaves\n"
+        "out is taken from the command line.",
     )
     command.add_argument("--checkpoint", required=True, metavar="C", help="a run, a checkpoint folder, or a hub id")
+    adapter_help = (
+        "speak with an adapter beside the checkpoint: a run of finetune.py or PEFT's folder; again for more, which --batch can name"
+    )
+    command.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter_help)
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="T", help="what to say")
     what.add_argument("--batch", "--jsonl", dest="jsonl", type=Path, metavar="FILE", help="JSON Lines, a request each, decoded together")
@@ -97,7 +102,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     elif arguments.out != "-":
         format_of(Path(arguments.out))
     context = [] if arguments.context is None else read_conversation(arguments.context)
+    adapters = [_named_adapter(given) for given in arguments.adapter]
     generator = _load_generator(arguments)
+    for name, place in adapters:
+        generator.add_adapter(name, place)
+    generator.set_adapter(adapters[0][0] if adapters else None)
     if arguments.jsonl is not None:
         return _generate_lines(arguments, generator, lines, context)
     request = _request(arguments, generator, {"text": arguments.text}, context, Path())
@@ -127,7 +136,7 @@ def _generate_one(arguments: argparse.Namespace, generator: Generator, request: 
             num_samples = _write_raw(sys.stdout.buffer, (pcm16(chunk).tobytes() for chunk in watched)) // 2
         else:
             sound = watched if arguments.stream else iter(list(watched))
-            num_samples = write_audio(Path(arguments.out), _not_empty(sound), _provenance(arguments, generator, request))
+            num_samples = write_audio(Path(arguments.out), _not_empty(sound), _provenance(arguments, generator, request, generator.adapter))
     print_report(
         arguments.out, generator, num_samples, time.perf_counter() - started_s, progress.first_sound_s if arguments.stream else None
     )
@@ -141,12 +150,17 @@ def _generate_lines(arguments: argparse.Namespace, generator: Generator, lines: 
     folder = Path(arguments.out)
     requests: list[Request] = []
     paths: list[Path] = []
+    speaking: dict[str | None, list[int]] = {}  # lines by adapter, which are spoken together
+    default = generator.adapter
     for number, line in enumerate(lines, start=1):
         name = str(line.get("out", f"{number:05d}.wav"))
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{arguments.jsonl}: line {number}: out={name!r} leaves the folder --out; give a name inside it")
         try:
             format_of(Path(name))
+            if (adapter := line.get("adapter", default)) != generator.adapter:
+                generator.set_adapter(adapter)  # for the check of the text: adapters bring their tokenizers
+            speaking.setdefault(adapter, []).append(number - 1)
             requests.append(_request(arguments, generator, line, context, arguments.jsonl.parent))
         except (ValueError, OSError) as error:
             raise ValueError(f"{arguments.jsonl}: line {number}: {error}") from error
@@ -155,21 +169,35 @@ def _generate_lines(arguments: argparse.Namespace, generator: Generator, lines: 
         raise ValueError(f"{arguments.jsonl}: two lines have the same out; give each its own")
     started_s = time.perf_counter()
     with Progress(max(request.max_frames for request in requests)) as progress:
-        results = generator.generate_codes_batch(requests, on_frame=lambda frame, rows: progress.show(frame, num_rows=rows))
+        results: dict[int, GeneratedCodes] = {}
+        for adapter, members in speaking.items():
+            generator.set_adapter(adapter)
+            chosen = [requests[index] for index in members]
+            said = generator.generate_codes_batch(chosen, on_frame=lambda frame, rows: progress.show(frame, num_rows=rows))
+            results |= dict(zip(members, said, strict=True))
+    adapter_of = {index: adapter for adapter, members in speaking.items() for index in members}
     num_samples = num_silent = 0
-    for path, request, result in zip(paths, requests, results, strict=True):
+    for index, (path, request) in enumerate(zip(paths, requests, strict=True)):
+        result = results[index]
         if not result.codes.shape[0]:
             num_silent += 1
             print(f"{path}: not written, the model ended at once and said nothing; try another seed or temperature", file=sys.stderr)
             continue
         waveform = generator.audio_from_codes(result.codes, trim_silence=request.trim_silence)
-        num_samples += write_audio(path, [waveform], _provenance(arguments, generator, request))
+        num_samples += write_audio(path, [waveform], _provenance(arguments, generator, request, adapter_of[index]))
         if not result.reached_eos:
             why = "it went round in circles" if result.is_loop else "the model did not end by itself"
             print(f"{path}: cut at {seconds_from_frames(result.codes.shape[0]):g} s, {why}", file=sys.stderr)
     name = f"{folder} ({len(paths) - num_silent} files)"
     print_report(name, generator, num_samples, time.perf_counter() - started_s, None)
     return 1 if num_silent else 0
+
+
+def _named_adapter(given: str) -> tuple[str, Path]:
+    name, equals, place = given.partition("=")
+    if not (name and equals and place):
+        raise ValueError(f"--adapter {given}: expected NAME=DIR, such as anna=runs/finetune/anna")
+    return name, Path(place)
 
 
 def _load_generator(arguments: argparse.Namespace) -> Generator:
@@ -227,7 +255,7 @@ def _request(arguments: argparse.Namespace, generator: Generator, line: dict[str
     return request
 
 
-def _provenance(arguments: argparse.Namespace, generator: Generator, request: Request) -> dict[str, object]:
+def _provenance(arguments: argparse.Namespace, generator: Generator, request: Request, adapter: str | None) -> dict[str, object]:
     from csm import __version__
 
     return {
@@ -236,6 +264,7 @@ def _provenance(arguments: argparse.Namespace, generator: Generator, request: Re
         "watermark": generator.watermark_name,
         "weights": "int8" if generator.int8 else arguments.dtype,
         "checkpoint": "/".join(Path(arguments.checkpoint).parts[-3:]),
+        **({"adapter": adapter} if adapter is not None else {}),
         "speaker": request.speaker,
         "seed": request.seed,
         "temperature": request.temperature,

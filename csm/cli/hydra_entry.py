@@ -74,11 +74,11 @@ def main(config_name: str, schema: type[Schema], task: Callable[[Schema], object
             return
         _register(config_name, schema)
 
-        def run(config: DictConfig) -> None:
+        def run(config: DictConfig) -> object:
             # Caught here and not outside: Hydra prints a line of its own for exceptions that leave the task.
             try:
                 _give_own_folder(config)
-                task(_to_object(config, schema))
+                return task(_to_object(config, schema))  # a number is what a sweeper makes small
             except (UsageError, OmegaConfBaseException) as error:
                 _leave(error, _explain(error, schema), status=2)
             except KeyboardInterrupt:
@@ -206,6 +206,8 @@ def _explain(error: Exception, schema: type) -> str:
         return text
     if "submitit" in text and "launcher" in text:
         return "hydra/launcher=slurm needs the plug-in hydra-submitit-launcher: pip install 'hydra-submitit-launcher>=1.2,<2'"
+    if "hydra/sweeper/optuna" in text:
+        return "hydra/sweeper=learning_rate needs the plug-in hydra-optuna-sweeper: pip install 'hydra-optuna-sweeper>=1.3,<2'"
     choices = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.DOTALL)
     if choices:
         options = choices.group(3).split("Config search path")[0].split()

@@ -94,6 +94,8 @@ def build_model(config: TrainConfig, base: Base | None = None) -> CSM:
         model = load_model(base.folder, dtype=dtype)
         if config.adapter.kind != "none":
             attach_adapter(model, config.adapter, seed=config.seed)
+        if config.text.added:
+            _begin_added(model, base.tokenizer, len(config.text.added))
     else:
         model = CSM(config.model, seed=config.seed, dtype=dtype)
     if config.model.warm_start is not None:
@@ -104,6 +106,22 @@ def build_model(config: TrainConfig, base: Base | None = None) -> CSM:
     if config.trainer.compile:
         model.compile()
     return model
+
+
+def _begin_added(model: CSM, tokenizer: TextTokenizer, num_added: int) -> None:
+    """Let what the tokenizer knows anew begin as the mean of its kind: a speaker of the speakers, a word of the words."""
+    import torch
+
+    from csm.text import WordTokenizer
+
+    assert isinstance(tokenizer, WordTokenizer)
+    table = model.text_embeddings.weight
+    speakers = {tokenizer.speaker_id(number) for number in range(tokenizer.num_speakers)}
+    added = range(tokenizer.vocab_size - num_added, tokenizer.vocab_size)
+    known = range(tokenizer.eos_id + 1, added.start)
+    with torch.no_grad():
+        for token in added:
+            table[token] = table[[i for i in known if (i in speakers) == (token in speakers)]].mean(dim=0)
 
 
 def build_speaker(

@@ -38,16 +38,18 @@ def main() -> None:
     hydra_main("train", TrainConfig, _train_until_done_or_told, about=_ABOUT, examples=_EXAMPLES)
 
 
-def _train_until_done_or_told(config: TrainConfig) -> None:
-    """Train, and leave with the exit status that `csm.training.stop_request` explains."""
+def _train_until_done_or_told(config: TrainConfig) -> float | None:
+    """Train, leave with the exit status that `csm.training.stop_request` explains, and tell a sweep how good it became."""
+    from csm.training.run_folder import lowest_validation_loss
     from csm.training.stop_request import StopRequest
 
     with StopRequest() as request:
-        train(config, request)
+        run_dir = train(config, request)
         if request.answered:
             from csm.training.signals import answer
 
             sys.exit(answer(request, partial(print, flush=True)))
+    return lowest_validation_loss(run_dir)
 
 
 def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
@@ -87,7 +89,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         return run_dir
 
     build_missing_demo_data(config)
-    base = open_base(config.base) if config.base is not None else None
+    base = open_base(config.base, config.text.added) if config.base is not None else None
     if base is not None:
         config, codec_folder, codec_digest = base.configure(config), base.codec_folder, base.codec_digest
         tokenizer: TextTokenizer | None = base.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -17,6 +18,7 @@ from csm.data.rows import RowSource
 from csm.data.shard_rows import ShardRows
 from csm.data.shards import ShardReader
 from csm.data.storage import is_url
+from csm.data.styles import StyleTags
 from csm.text import TextTokenizer
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -72,7 +74,8 @@ class CSMDataModule(LightningDataModule):
             return
         for split in (self.data.train_split, self.data.val_split):
             reader, _ = self._open(split)
-            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of))
+            tags = StyleTags(self.data.tag_dropout) if self.data.tag_styles else None
+            measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of), tags)
 
     def setup(self, stage: str | None = None) -> None:
         """Open both splits; doing it again changes nothing."""
@@ -228,7 +231,9 @@ class CSMDataModule(LightningDataModule):
     def _open(self, split: str) -> tuple[ShardReader, list[Corpus]]:
         """The reader of a split whose codec is the model's, and what its folders belong to."""
         if split not in self._readers:
-            corpora = find_corpora(self.data, split, is_weighted=split == self.data.train_split)
+            is_training = split == self.data.train_split
+            data = self.data if is_training or self.data.val_path is None else replace(self.data, path=self.data.val_path, weights=None)
+            corpora = find_corpora(data, split, is_weighted=is_training)
             places = [folder for corpus in corpora for folder in corpus.folders]
             remote = [str(place) for place in places if is_url(place)]
             if remote and self.data.verify == "digest" and self.data.cache_dir is None:

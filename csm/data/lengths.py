@@ -14,6 +14,7 @@ from csm.data.bad_samples import BadSamples
 from csm.data.index import ShardIndex
 from csm.data.packing import BAD
 from csm.data.shards import ShardReader
+from csm.data.styles import StyleTags
 from csm.text import TextTokenizer
 
 LENGTHS_VERSION = 2
@@ -28,7 +29,7 @@ def tokenizer_digest(tokenizer: TextTokenizer) -> str:
     return hashlib.sha256(json.dumps(tokenizer.settings(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def measure_turns(reader: ShardReader, tokenizer: TextTokenizer, bad: BadSamples) -> np.ndarray:
+def measure_turns(reader: ShardReader, tokenizer: TextTokenizer, bad: BadSamples, tags: StyleTags | None = None) -> np.ndarray:
     """The length of every turn of every sample, from a file beside the shards where that was done before.
 
     The first time, each sample's JSON is read and its text is cut into ids (about 35k samples a CPU-second with the word
@@ -38,6 +39,8 @@ def measure_turns(reader: ShardReader, tokenizer: TextTokenizer, bad: BadSamples
     A shard with a fault is counted in `bad` as a whole. Where its lengths are known from before, it keeps its place in the
     table, so the order of all other samples stays as it was.
 
+    Args:
+        tags: what is written in front of texts; None: nothing.
     Returns:
         [num_turns, 3] int32: sample, text ids, audio rows (frames and the EOS row), in sample order. A bad sample has one entry
         whose lengths are `BAD`; it is counted in `bad`.
@@ -46,10 +49,10 @@ def measure_turns(reader: ShardReader, tokenizer: TextTokenizer, bad: BadSamples
         bad.add_shard(reader.samples_of(shard), fault)
     tables, first, first_shard = [], 0, 0
     for index in reader.indexes:
-        name = _lengths_name(index, tokenizer)
+        name = _lengths_name(index, tokenizer, tags)
         table = _load_lengths(index, name)
         if table is None:
-            table = _measure(reader, range(first, first + index.num_samples), tokenizer, bad)
+            table = _measure(reader, range(first, first + index.num_samples), tokenizer, bad, tags)
             if not any(first_shard <= shard < first_shard + len(index.shards) for shard in reader.faults):
                 _save_lengths(index, name, table)
         else:
@@ -64,8 +67,8 @@ def measure_turns(reader: ShardReader, tokenizer: TextTokenizer, bad: BadSamples
     return np.concatenate(tables)
 
 
-def _lengths_name(index: ShardIndex, tokenizer: TextTokenizer) -> str:
-    told = f"{LENGTHS_VERSION} {index.digest} {tokenizer_digest(tokenizer)}"
+def _lengths_name(index: ShardIndex, tokenizer: TextTokenizer, tags: StyleTags | None) -> str:
+    told = f"{LENGTHS_VERSION} {index.digest} {tokenizer_digest(tokenizer)}" + ("" if tags is None else f" {tags.dropout}")
     return f"lengths-{hashlib.sha256(told.encode()).hexdigest()[:16]}.npy"
 
 
@@ -90,7 +93,7 @@ def _save_lengths(index: ShardIndex, name: str, table: np.ndarray) -> None:
         _log.info("lengths are not kept: %s", error)
 
 
-def _measure(reader: ShardReader, samples: range, tokenizer: TextTokenizer, bad: BadSamples) -> np.ndarray:
+def _measure(reader: ShardReader, samples: range, tokenizer: TextTokenizer, bad: BadSamples, tags: StyleTags | None) -> np.ndarray:
     @lru_cache(maxsize=1 << 16)
     def num_text_ids(speaker: int, text: str) -> int:
         return len(tokenizer.encode_turn(speaker, text))
@@ -99,12 +102,14 @@ def _measure(reader: ShardReader, samples: range, tokenizer: TextTokenizer, bad:
     for start in range(samples.start, samples.stop, _BLOCK):
         block = range(start, min(start + _BLOCK, samples.stop))
         for sample_index, meta in zip(block, reader.read_metas(block), strict=True):
-            place = sample_index - samples.start
+            place, lengths = sample_index - samples.start, []
             try:
                 if isinstance(meta, ValueError):
                     raise meta
-                ranges = [(turn, *turn["frames"]) for turn in meta["turns"]]
-                rows += [(place, num_text_ids(turn["speaker"], turn["text"]), last - first + 1) for turn, first, last in ranges]
+                for turn_index, turn in enumerate(meta["turns"]):
+                    text = turn["text"] if tags is None else tags.text(turn, reader.keys[sample_index], turn_index)
+                    lengths.append((place, num_text_ids(turn["speaker"], text), turn["frames"][1] - turn["frames"][0] + 1))
+                rows += lengths
             except ValueError as error:
                 bad.add(sample_index, str(error) if meta is error else f"sample {reader.keys[sample_index]}: {error}")
                 rows.append((place, BAD, BAD))

@@ -17,6 +17,7 @@ from csm.data.packing import Documents, cut_documents
 from csm.data.row_cache import RowCache
 from csm.data.rows import Bad, empty_batch
 from csm.data.shards import Sample, ShardReader
+from csm.data.styles import StyleTags
 from csm.frames import Batch, Rows, Turn, rows_from_turns
 from csm.text import TextTokenizer
 
@@ -55,7 +56,8 @@ class ShardRows:
         self.learn_speakers = data.learn_speakers
         self.learn_depth_speakers = data.learn_speakers if data.learn_depth_speakers is None else data.learn_depth_speakers
         self.bad = BadSamples(len(reader), data.max_bad_share, reader.name_of)
-        turns = measure_turns(reader, tokenizer, self.bad)
+        self.tags = StyleTags(data.tag_dropout) if data.tag_styles else None
+        turns = measure_turns(reader, tokenizer, self.bad, self.tags)
         is_outside = reader.duration_s < data.min_duration_s
         if data.max_duration_s:
             is_outside |= reader.duration_s > data.max_duration_s
@@ -76,6 +78,8 @@ class ShardRows:
         }
         if self.num_outside:
             self.fingerprint["durations_s"] = [data.min_duration_s, data.max_duration_s]
+        if self.tags is not None:
+            self.fingerprint["tag_dropout"] = data.tag_dropout
         self.corpora = list(corpora)
         self.corpus_starts = self._corpus_starts()
         self.parts: list[Part] = []
@@ -109,17 +113,18 @@ class ShardRows:
             return empty_batch(len(rows), self.seq_len, self.num_codebooks), bad
         return Batch.from_documents(packed, self.seq_len, keys), bad
 
-    def _with_switches(self, sample: Sample) -> list[Turn]:
-        """The turns, those of speakers that are not to be learnt switched off: they are heard as context."""
-        if not self.learn_speakers and not self.learn_depth_speakers:
+    def _turns(self, sample: Sample) -> list[Turn]:
+        """The turns with their tags, those of speakers that are not to be learnt switched off: they are heard as context."""
+        if not self.learn_speakers and not self.learn_depth_speakers and self.tags is None:
             return list(sample.turns)
         return [
             replace(
                 turn,
+                text=turn.text if self.tags is None else self.tags.text(meta, sample.key, index),
                 learn_c0=turn.learn_c0 and _is_named(self.learn_speakers, turn, meta),
                 learn_depth=turn.learn_depth and _is_named(self.learn_depth_speakers, turn, meta),
             )
-            for turn, meta in zip(sample.turns, sample.meta["turns"], strict=True)
+            for index, (turn, meta) in enumerate(zip(sample.turns, sample.meta["turns"], strict=True))
         ]
 
     def _corpus_starts(self) -> list[int]:
@@ -142,7 +147,7 @@ class ShardRows:
         sample = read[sample_index]
         if isinstance(sample, ValueError):
             raise sample
-        turns = self._with_switches(sample)[self.documents.first_turn[document] : self.documents.last_turn[document]]
+        turns = self._turns(sample)[self.documents.first_turn[document] : self.documents.last_turn[document]]
         key = self.reader.keys[sample_index]
         try:
             rows = rows_from_turns(turns, self.tokenizer, self.num_codebooks)

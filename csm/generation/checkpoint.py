@@ -9,6 +9,8 @@ import torch
 
 from csm.codec import Codec, codec_from_folder, load_codec
 from csm.config import ModelConfig
+from csm.model.adapter_files import ADAPTER_FOLDER
+from csm.model.adapter_files import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from csm.model.csm import CSM
 from csm.model.pretrained import load_codec_weights, load_model, read_config, resolve_checkpoint
 from csm.text import FILE_NAME as TOKENIZER_NAME
@@ -31,6 +33,20 @@ def load_companions(
     tokenizer = load_tokenizer_of(folder, config)  # the cheap ones first: what is missing is told at once
     codec = load_codec_of(folder, device)
     return load_model(folder, dtype=dtype, device=device), codec, tokenizer
+
+
+def find_adapter(place: str | Path) -> Path:
+    """The folder of an adapter: the place itself, or that of the checkpoint meant.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if (Path(place) / ADAPTER_CONFIG_NAME).is_file():
+        return Path(place)
+    folder = resolve_checkpoint(place) / ADAPTER_FOLDER
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{place} holds no adapter: expected a run of finetune.py with adapter=lora or dora, or a folder of PEFT's")
+    return folder
 
 
 def load_codec_of(checkpoint: str | Path, device: torch.device | str = "cpu") -> Codec:

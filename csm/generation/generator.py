@@ -23,8 +23,11 @@ from csm.generation.request import GeneratedCodes, Request, as_request
 from csm.generation.speech import Speech
 from csm.generation.voices import load_voice
 from csm.generation.watermark import Watermarker, load_watermarker
+from csm.model.adapter_files import load_adapter
 from csm.model.csm import CSM
+from csm.model.lora import merge_adapter, set_adapter
 from csm.model.pretrained import resolve_checkpoint
+from csm.text import FILE_NAME as TOKENIZER_NAME
 from csm.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class Generator:
 
     Attributes:
         last: what the last `generate` or finished `stream` made.
+        adapter: the one it speaks with, of those that `add_adapter` took; None is the model as it was given.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class Generator:
         self.prompts = PromptBuilder(model.config, codec, tokenizer)
         self.last: GeneratedCodes | None = None
         self.voice_folders: list[Path] = []  # where `voice` looks
+        self.adapter: str | None = None
+        self._tokenizers: dict[str | None, TextTokenizer] = {None: tokenizer}
         self._loop: FrameLoop | None = None
         self._loop_version: tuple[int, ...] = ()
 
@@ -96,6 +102,45 @@ class Generator:
         generator = cls(model, codec, tokenizer, watermarker, compile=compile, int8=int8)
         generator.voice_folders = [resolve_checkpoint(checkpoint) / VOICES_FOLDER]
         return generator
+
+    def add_adapter(self, name: str, place: str | Path) -> None:
+        """Keep an adapter beside the model, with the tokenizer it brings; `set_adapter(name)` then speaks with it.
+
+        Args:
+            place: a fine-tuning run, a checkpoint of one, or an adapter's folder in PEFT's layout.
+        Raises:
+            FileNotFoundError, ValueError: if there is none, it is of another model, or the name is taken.
+        """
+        from csm.generation.checkpoint import find_adapter, load_tokenizer_of
+
+        folder = find_adapter(place)
+        if name in self._tokenizers:
+            raise ValueError(f"adapter {name!r}: there is one of that name; choose another")
+        has_own = (folder / TOKENIZER_NAME).is_file()
+        tokenizer = load_tokenizer_of(folder, self.model.config) if has_own else self._tokenizers[None]
+        PromptBuilder(self.model.config, self.codec, tokenizer)  # refuses one that does not fit
+        set_adapter(self.model, None)
+        try:
+            load_adapter(self.model, folder, name=name)
+            self._tokenizers[name] = tokenizer
+        finally:
+            self.set_adapter(self.adapter)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Speak with one of the adapters from now on, None: with none. It is merged, so speech is made as fast as without.
+
+        A session goes with the adapter it began with.
+
+        Raises:
+            ValueError: if there is none of that name; the message lists those there are.
+        """
+        if name not in self._tokenizers:
+            known = ", ".join(repr(known) for known in self._tokenizers if known is not None) or "none"
+            raise ValueError(f"adapter {name!r}: not one of those added ({known})")
+        set_adapter(self.model, name)
+        merge_adapter(self.model)
+        self.adapter, self._loop = name, None
+        self.tokenizer = self.prompts.tokenizer = self._tokenizers[name]
 
     def generate(
         self,

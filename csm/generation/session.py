@@ -31,6 +31,7 @@ class Session:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        self._adapter = generator.adapter
         config = generator.model.config
         self._decoder = FrameDecoder(generator.model, batch_size=1, max_positions=config.max_seq_len, loop=generator.frame_loop())
         self._turns: list[Turn] = []  # with codes
@@ -48,6 +49,7 @@ class Session:
         Raises:
             ValueError: if it has neither audio nor codes, or they cannot be used.
         """
+        self._check_adapter()
         place = f"turn {len(self._turns)}"
         turn = self._generator.prompts.turn_with_codes(turn, place)
         rows = self._generator.prompts.turn_rows(turn, place)
@@ -63,6 +65,7 @@ class Session:
 
         What is wrong with the arguments is raised here, before the first chunk is asked for.
         """
+        self._check_adapter()
         request = Request(text=text, speaker=speaker, **options)
         reply = self._generator.prompts.reply_rows(text, speaker)
         num_dropped = self._generator.prompts.num_to_drop([len(rows) for rows in self._rows], len(reply), request.max_frames)
@@ -113,6 +116,13 @@ class Session:
         chunk = speech.finish()
         if chunk.numel():
             yield chunk
+
+    def _check_adapter(self) -> None:
+        if self._generator.adapter != self._adapter:
+            raise ValueError(
+                f"the session began with adapter {self._adapter!r}, the generator has {self._generator.adapter!r}: start a new session, "
+                "or set the old one again"
+            )
 
     def _remember(self, turn: Turn, rows: Rows) -> None:
         self._turns.append(turn)

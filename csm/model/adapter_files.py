@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from csm.config import ADAPTER_TARGETS, ADAPTER_WHOLES, AdapterConfig
 from csm.model.csm import CSM
 from csm.model.layouts import halves_from_interleaved, interleaved_from_halves, rotary_heads, transformers_name
-from csm.model.lora import adaptable_maps, adapted_maps, attach_adapter, whole_parameter
+from csm.model.lora import adaptable_maps, adapted_maps, attach_adapter, detach_adapter, whole_parameter
 from csm.whole_files import write_text
 
 ADAPTER_FOLDER = "adapter"  # in a training checkpoint
@@ -112,8 +112,13 @@ def load_adapter(model: CSM, folder: str | Path, *, name: str = "default") -> Ad
         )
     attach_adapter(model, config, name=name)
     own = dict(model.named_parameters())
+    try:
+        state = read_adapter_state(model, folder, config, name=name)
+    except ValueError:
+        detach_adapter(model, name)
+        raise
     with torch.no_grad():
-        for key, tensor in read_adapter_state(model, folder, config, name=name).items():
+        for key, tensor in state.items():
             own[key].copy_(tensor)
     return config
 

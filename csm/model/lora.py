@@ -130,6 +130,10 @@ class _Wholes:
             parameter.data = self._kept.get(adapter or "", {}).get(name, base)
         self._active = adapter
 
+    def forget(self, adapter: str) -> None:
+        """Drop an adapter that is not active."""
+        self._kept.pop(adapter, None)
+
 
 def _wholes(model: CSM) -> _Wholes:
     if "_adapter_wholes" not in model.__dict__:
@@ -182,6 +186,15 @@ def set_adapter(model: CSM, name: str | None) -> None:
         adapted.unmerge()
         adapted.active = name if name in adapted.adapters else None
     _wholes(model).switch(model, name)
+
+
+def detach_adapter(model: CSM, name: str) -> None:
+    """Take an adapter off the model, which is then the base alone; the name is free again."""
+    set_adapter(model, None)
+    for adapted in adapted_maps(model).values():
+        if name in adapted.adapters:
+            del adapted.adapters[name]
+    _wholes(model).forget(name)
 
 
 def merge_adapter(model: CSM) -> None:

@@ -117,6 +117,8 @@ class FolderCheckpointIO(CheckpointIO):
             self.model.save_pretrained(part, layout="csm", state_dict=weights)
             if self._adapter is not None:
                 write_adapter(part / ADAPTER_FOLDER, adapter, self._adapter, base=self._base)
+                if self.tokenizer is not None:  # an adapter can teach the base a speaker or a word
+                    self.tokenizer.save(part / ADAPTER_FOLDER)
             self._write_companions(part, state, others)
             step = state["global_step"] if "global_step" in state else checkpoint_step(folder)
             publish(part, folder, step=step, world_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -167,3 +168,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
+
+
+def lowest_validation_loss(run_dir: Path) -> float | None:
+    """The best `val/loss` of a run's metrics.csv, nats; None where nothing was validated or written."""
+    try:
+        with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+            losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    except FileNotFoundError:
+        return None
+    return min(losses, default=None)
