@@ -38,7 +38,7 @@ from data_prep.shard import Sample, write_atomic, write_split
 from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
 
 ENCODE = "encode"
-UNIT_VERSION = 1  # raise when the same settings would give other bytes
+UNIT_VERSION = 2  # raise when the same settings would give other bytes
 MAX_LOST_WORKERS = 3  # of one run; a fourth says that the machine, or a unit, kills them
 
 
