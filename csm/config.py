@@ -586,13 +586,26 @@ class EncodeConfig:
 
 
 @dataclass
+class DatasetConfig:
+    """`input=hf:<name or folder>`: what of a Hugging Face data set is read. Columns not named are looked for (docs/data.md)."""
+
+    name: str | None = None  # configuration of a data set that has several
+    split: str = "train"
+    revision: str | None = None  # of a data set on the hub; None is the newest
+    audio: str | None = None  # column of recordings; None is the first of type Audio
+    text: str | None = None  # column of what is said; None looks for text, transcription, transcript, sentence
+    speaker: str | None = None  # column that names the speaker; None looks for speaker_name, speaker_id, speaker, client_id
+
+
+@dataclass
 class PrepConfig:
     """`python -m data_prep`."""
 
     # "demo" synthesises the offline corpus; "turns" encodes recordings with known texts; "conversations" and "offline" also find out
     # who says what, the latter by models that packages carry; "index" indexes shards made elsewhere
     name: str = "demo"
-    input: str | None = None  # a folder of recordings, or a manifest.jsonl or metadata.csv that names them
+    # a folder of recordings, a manifest.jsonl or metadata.csv that names them, a tar; a URL of these; hf:<name or folder> of a data set
+    input: str | None = None
     output: str = "data/demo"
     stages: list[str] = field(default_factory=list)  # empty runs all of the named preparation
     seed: int = 0
@@ -604,6 +617,7 @@ class PrepConfig:
     split_by: str = "auto"  # turns: "speaker" keeps a speaker's recordings in one split, "recording" does not; "auto" where it can
     license: str | None = None  # turns: of recordings whose manifest names none
     language: str | None = None  # turns: of recordings whose manifest names none
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)  # input=hf:...
     ingest: IngestConfig = field(default_factory=IngestConfig)
     transcribe: TranscribeConfig = field(default_factory=TranscribeConfig)  # this and the next three: conversations, offline
     diarize: DiarizeConfig = field(default_factory=DiarizeConfig)

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from csm.config import PrepConfig
 from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
 from data_prep.failures import Failure, Rejected
+from data_prep.fetch import fetch, is_elsewhere
 from data_prep.inputs import Candidate, Input, probe
 from data_prep.manifest import Recording, manifest_line
 from data_prep.merge import merge, print_summary
@@ -47,7 +48,7 @@ def prepare_turns(config: PrepConfig) -> int:
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for input that cannot be used.
     """
-    found = check_command(config)
+    check_command(config)
     known = STAGES[config.name]
     stages = config.stages or (known if config.slice_count == 1 else known[:-1])
     torch.set_num_threads(1)  # codes must not depend on how many threads the machine has; num_workers are processes
@@ -55,14 +56,17 @@ def prepare_turns(config: PrepConfig) -> int:
     output = Path(config.output)
     status = 0
     if "manifest" in stages:
-        wanted = _plan_settings(config, found)
         with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):
-            _manifest_stage(config, found, output, wanted, console)
+            not_had = fetch(str(config.input), _place(config), config.dataset) if is_elsewhere(str(config.input)) else []
+            found = _found(config)
+            _manifest_stage(config, found, output, _plan_settings(config, found), not_had, console)
+    found = _found(config)
     job, units = _planned(config, found, output)
     job.stages = tuple(stage for stage in UNIT_STAGES[config.name] if stage in stages)
     if job.listening is not None:
         if TRANSCRIBE in job.stages:
-            job.listening.remember_models(job.work / MODELS_NAME)
+            with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):  # slices begin together
+                job.listening.remember_models(job.work / MODELS_NAME)
         else:
             job.listening.recall_models(job.work / MODELS_NAME)
     if job.stages:
@@ -76,8 +80,8 @@ def prepare_turns(config: PrepConfig) -> int:
     return status
 
 
-def check_command(config: PrepConfig) -> Input:
-    """What `input=` names, as far as the command alone can be wrong.
+def check_command(config: PrepConfig) -> None:
+    """Refuse what can be seen to be wrong of the command alone.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for a stage that there is not, an input that is not there, an output in use.
@@ -87,28 +91,44 @@ def check_command(config: PrepConfig) -> Input:
     if unknown:
         raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
     if config.input is None:
-        raise ValueError(f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
-    found = Input.find(Path(config.input), with_texts=config.name == "turns")
-    _check_output(Path(config.output), found.root)
-    return found
+        raise ValueError(
+            f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl, a metadata.csv, a URL or hf:<data set>>"
+        )
+    root = None if is_elsewhere(config.input) else _found(config).root
+    _check_output(Path(config.output), root)
 
 
-def _check_output(output: Path, root: Path) -> None:
+def _place(config: PrepConfig) -> Path:
+    """The folder or file that recordings are read from: `input=`, or where it is fetched to."""
+    assert config.input is not None
+    return Path(config.output) / "prep" / "input" if is_elsewhere(config.input) else Path(config.input)
+
+
+def _found(config: PrepConfig) -> Input:
+    return Input.find(_place(config), with_texts=config.name == "turns")
+
+
+def _check_output(output: Path, root: Path | None) -> None:
     """Refuse a folder that holds something else, and an input that lies in the output or around it."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "prep").is_dir())):
         raise FileExistsError(f"output={output} holds something that is not a preparation (prep/ is missing); give another output=")
+    if root is None:
+        return
     inner, outer = root.resolve(), output.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise ValueError(f"output={output} and input={root} lie in one another; give an output= outside of the recordings")
 
 
-def _manifest_stage(config: PrepConfig, found: Input, output: Path, wanted: dict[str, Any], console: Console) -> None:
+def _manifest_stage(
+    config: PrepConfig, found: Input, output: Path, wanted: dict[str, Any], not_had: list[Failure], console: Console
+) -> None:
     """Look at every file, choose splits, plan units; nothing to do when neither files nor settings changed."""
     work = output / "prep"
     plan = _read_plan(work / PLAN_NAME)
     if plan is not None and plan["settings"] == wanted:
         return
     recordings, failures = _look_at(found, config.num_workers, console)
+    failures += not_had
     if not recordings:
         reasons = sorted({failure.reason for failure in failures}) or ["no audio file"]
         first = f"; the first: {failures[0].source}: {failures[0].detail}" if failures else ""
