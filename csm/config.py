@@ -615,6 +615,8 @@ class PrepConfig:
     unit_min: float = 30.0  # turns: minutes of audio in a unit, which is done as a whole or again
     val_share: float = 0.05  # turns: of the audio; 0 makes no validation split
     split_by: str = "auto"  # turns: "speaker" keeps a speaker's recordings in one split, "recording" does not; "auto" where it can
+    # which copies of a recording are dropped: "sound" compares fingerprints of the first two minutes, "bytes" only whole files
+    duplicates: str = "sound"
     license: str | None = None  # turns: of recordings whose manifest names none
     language: str | None = None  # turns: of recordings whose manifest names none
     dataset: DatasetConfig = field(default_factory=DatasetConfig)  # input=hf:...
@@ -632,6 +634,7 @@ class PrepConfig:
 
     def __post_init__(self) -> None:
         _one_of("prep.name", self.name, ("demo", "turns", "conversations", "offline", "index"))
+        _one_of("duplicates", self.duplicates, ("sound", "bytes"))
         _one_of("split_by", self.split_by, ("auto", "speaker", "recording"))
         _require(self.num_workers > 0, "num_workers", self.num_workers, "a positive number")
         _require(self.slice_count > 0, "slice_count", self.slice_count, "a positive number")

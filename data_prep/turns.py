@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +25,7 @@ from csm.config import PrepConfig
 from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
 from data_prep.failures import Failure, Rejected
 from data_prep.fetch import fetch, is_elsewhere
+from data_prep.fingerprint import Copies, fingerprint
 from data_prep.inputs import Candidate, Input, probe
 from data_prep.manifest import Recording, manifest_line
 from data_prep.merge import merge, print_summary
@@ -127,7 +129,7 @@ def _manifest_stage(
     plan = _read_plan(work / PLAN_NAME)
     if plan is not None and plan["settings"] == wanted:
         return
-    recordings, failures = _look_at(found, config.num_workers, console)
+    recordings, failures = _look_at(found, config.duplicates == "sound", config.num_workers, console)
     failures += not_had
     if not recordings:
         reasons = sorted({failure.reason for failure in failures}) or ["no audio file"]
@@ -177,6 +179,7 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
         "unit_min": config.unit_min,
         "val_share": config.val_share,
         "split_by": config.split_by,
+        "duplicates": config.duplicates,
         **_tool_settings(config),
     }
 
@@ -187,24 +190,35 @@ def _tool_settings(config: PrepConfig) -> dict[str, Any]:
     return {"codec": asdict(config.codec), "text": asdict(config.text), **numbering}
 
 
-def _look_at(found: Input, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
+def _look_at(found: Input, by_sound: bool, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
     """Digest and header of every candidate, duplicates dropped; in the order of the input."""
     recordings: dict[str, Recording] = {}
     failures: list[Failure] = []
+    copies = Copies(lambda recording: fingerprint(found.root / recording.source))
+
+    def look_at(entry: Candidate | Failure) -> tuple[Recording | Failure, np.ndarray | None]:
+        outcome = probe(entry, found.root) if isinstance(entry, Candidate) else entry
+        is_heard = by_sound and isinstance(outcome, Recording)
+        return outcome, fingerprint(found.root / outcome.source) if is_heard else None
+
     columns = (TextColumn("look at files"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     entries = list(found.candidates())
     with ThreadPoolExecutor(num_workers) as pool, Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(entries))
-        looked = pool.map(lambda entry: probe(entry, found.root) if isinstance(entry, Candidate) else entry, entries)
-        for outcome in looked:
+        for outcome, words in pool.map(look_at, entries):  # in their order: the first copy stays, however many look
             progress.advance(task)
             if isinstance(outcome, Failure):
                 failures.append(outcome)
-            elif outcome.digest in recordings:
+                continue
+            why = None
+            if outcome.digest in recordings:
                 why = Rejected("duplicate", f"the same bytes as {recordings[outcome.digest].source}")
-                failures.append(Failure.of(outcome.source, "manifest", why, duration_s=outcome.duration_s))
-            else:
+            elif words is not None and (first := copies.first_like(outcome, words)) is not None:
+                why = Rejected("duplicate", f"the same sound as {first.source}")
+            if why is None:
                 recordings[outcome.digest] = outcome
+            else:
+                failures.append(Failure.of(outcome.source, "manifest", why, duration_s=outcome.duration_s))
     return list(recordings.values()), failures
 
 
