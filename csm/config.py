@@ -575,7 +575,9 @@ class EncodeConfig:
     # copies of a training sample, each cut a part of a frame later: the same speech in other codes, for minutes of a voice
     num_phases: int = 1
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
-    device: str = "cpu"  # of the codec
+    # folder or hub id of a transformers audio classifier whose label each turn gets as its emotion; null gives none
+    emotion: str | None = None
+    device: str = "cpu"  # of the codec and of that classifier
 
     def __post_init__(self) -> None:
         _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from csm.config import PrepConfig
+from data_prep.emotion import emotion_digest
 from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
 from data_prep.failures import Failure, Rejected
 from data_prep.fetch import fetch, is_elsewhere
@@ -37,7 +38,7 @@ from data_prep.tools import prepare_codec, prepare_tokenizer
 
 UNIT_STAGES = {"turns": (ENCODE,), "conversations": (*LISTENING_STAGES, ENCODE), "offline": (*LISTENING_STAGES, ENCODE)}
 STAGES = {name: ("manifest", *inner, "merge") for name, inner in UNIT_STAGES.items()}
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
 MODELS_NAME = "models.json"
 
@@ -152,6 +153,7 @@ def _manifest_stage(
         "settings": wanted,
         "codec": codec.index_entry(),
         "codec_vocab_size": codec.vocab_size,
+        "emotion_digest": None if config.encode.emotion is None else emotion_digest(config.encode.emotion),
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
         "split_by": picked_by,
         "num_recordings": len(recordings),
@@ -187,7 +189,7 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
 def _tool_settings(config: PrepConfig) -> dict[str, Any]:
     """What the codec and the tokenizer in the output depend on."""
     numbering = {"renumber_speakers": config.encode.renumber_speakers, "first_speaker": config.encode.first_speaker}
-    return {"codec": asdict(config.codec), "text": asdict(config.text), **numbering}
+    return {"codec": asdict(config.codec), "text": asdict(config.text), "emotion": config.encode.emotion, **numbering}
 
 
 def _look_at(found: Input, by_sound: bool, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
@@ -233,9 +235,12 @@ def _planned(config: PrepConfig, found: Input, output: Path) -> tuple[Job, list[
     if plan is None:
         raise FileNotFoundError(f"{output / 'prep' / PLAN_NAME}: no plan there; run stages=[manifest] first")
     for key, value in _tool_settings(config).items():
-        if plan["settings"][key] != value:
-            raise ValueError(f"{output} was planned with {key}={plan['settings'][key]}, this asks for {value}; run stages=[manifest] again")
+        if plan["settings"].get(key) != value:
+            raise ValueError(
+                f"{output} was planned with {key}={plan['settings'].get(key)}, this asks for {value}; run stages=[manifest] again"
+            )
     job = Job(found.root, output, plan["codec"]["digest"], config.ingest, config.encode, config.license, config.language)
+    job.emotion_digest = plan["emotion_digest"]
     if config.name != "turns":
         job.listening = Listening(config.ingest, config.transcribe, config.diarize, config.segment, config.filter)
     lines = (output / "prep" / UNITS_NAME).read_text(encoding="utf-8").splitlines()
