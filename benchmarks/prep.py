@@ -1,6 +1,6 @@
 """How fast data preparation is: each stage times real time, turns encoded together beside one by one, and what is not models.
 
-    python benchmarks/prep.py                    # 9 minutes; writes results/prep.md
+    python benchmarks/prep.py                    # 8 minutes; writes results/prep.md
     python benchmarks/prep.py --part encode      # one of: encode, one, two
     python benchmarks/prep.py --quick            # a small Mimi, seconds of speech: whether it runs
 
@@ -72,9 +72,9 @@ def measure_encode(is_quick: bool) -> dict[str, Any]:
     model = mimi(is_quick)
     codec = MimiCodec(model)
     random = np.random.default_rng(0)
-    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 40), 0.3, 20).tolist()}
+    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 24), 0.3, 20).tolist()}
     for length_s in (0.48, 1.0, 2.0, 4.0, 8.0):
-        lengths[f"all of {length_s:g} s"] = [length_s] * (2 if is_quick else max(2, int(20 / length_s)))
+        lengths[f"all of {length_s:g} s"] = [length_s] * (2 if is_quick else max(2, int(10 / length_s)))
     found = {}
     for name, durations_s in lengths.items():
         clips = [torch.from_numpy(random.standard_normal(int(s * 12.5 + 1) * 1920).astype(np.float32) * 0.1) for s in durations_s]
@@ -88,7 +88,7 @@ def measure_encode(is_quick: bool) -> dict[str, Any]:
         spent: dict[str, list[float]] = {way: [] for way in ways}
         with torch.inference_mode():
             alone, together = ways["ours_alone"](), ways["ours_together"]()
-            for _ in range(1 if is_quick else 3):
+            for _ in range(1 if is_quick else 2):
                 for way, run in ways.items():
                     begun = time.process_time()
                     run()
@@ -106,7 +106,7 @@ def make_recordings(folder: Path, is_quick: bool) -> None:
     for number, name in enumerate(RECORDINGS[:2] if is_quick else RECORDINGS):
         random = random_for(0, "benchmark", name)
         parts = []
-        for turn in range(2 if is_quick else 44):
+        for turn in range(2 if is_quick else 24):
             said = voices.speak(str(random.choice(lines)), VOICES[(number + turn % 2) % 4], random).astype(np.float32) / 32_768
             parts += [said, np.zeros(int(random.uniform(0.2, 1.0) * SAMPLE_RATE_HZ), np.float32)]
         audio = soxr.resample(np.concatenate(parts), SAMPLE_RATE_HZ, 44_100)
@@ -114,7 +114,7 @@ def make_recordings(folder: Path, is_quick: bool) -> None:
 
 
 class Clock:
-    """Seconds that calls took, by name; calls inside of calls count for the outer one."""
+    """CPU seconds that calls took (all threads), by name, and by the clock; calls inside of calls count for the outer one."""
 
     def __init__(self) -> None:
         self.spent_s: dict[str, float] = {}
@@ -127,12 +127,13 @@ class Clock:
         def timed(*arguments: Any, **keywords: Any) -> Any:
             if self._is_inside:
                 return call(*arguments, **keywords)
-            self._is_inside, begun = True, time.perf_counter()
+            self._is_inside, begun, begun_wall = True, time.process_time(), time.perf_counter()
             try:
                 return call(*arguments, **keywords)
             finally:
                 self._is_inside = False
-                self.spent_s[as_name] = self.spent_s.get(as_name, 0.0) + time.perf_counter() - begun
+                self.spent_s[as_name] = self.spent_s.get(as_name, 0.0) + time.process_time() - begun
+                self.spent_s["wall_" + as_name] = self.spent_s.get("wall_" + as_name, 0.0) + time.perf_counter() - begun_wall
 
         setattr(owner, name, timed)
 
@@ -165,24 +166,24 @@ def run_slice(folder: Path, index: int, count: int, barrier: Any, results: Any, 
         if name in ("manifest", "merge") and index > 0:
             continue
         clock.spent_s.clear()
-        begun = time.perf_counter()
+        begun, begun_wall = time.process_time(), time.perf_counter()
         prepare(name, folder / "recordings", folder / "out", index, count)
-        found[name] = {"s": time.perf_counter() - begun, **clock.spent_s}
+        found[name] = {"s": time.process_time() - begun, "wall_s": time.perf_counter() - begun_wall, **clock.spent_s}
     results.put(found)
 
 
 def measure_stages(count: int, is_quick: bool) -> dict[str, Any]:
-    """Stage -> seconds by the clock (of the slower slice), and in models and decoding (of all slices)."""
+    """Stage -> CPU seconds (of the slower slice, of all), of them in models and decoding, and all and models by the clock."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_recordings(folder / "recordings", is_quick)
         make_recordings(folder / "warm", True)
         mimi(is_quick).save_pretrained(folder / "mimi")
         durations_s = [soundfile.info(path).duration for path in (folder / "recordings").iterdir()]
-        begun = time.perf_counter()
+        begun = time.process_time()
         for path in (folder / "recordings").iterdir():
             ingest.ingest(path, PrepConfig().ingest)
-        decode_s = time.perf_counter() - begun
+        decode_s = time.process_time() - begun
         context = multiprocessing.get_context("spawn")
         barrier, results = context.Barrier(count), context.SimpleQueue()
         workers = [context.Process(target=run_slice, args=(folder, index, count, barrier, results, is_quick)) for index in range(count)]
@@ -199,8 +200,9 @@ def measure_stages(count: int, is_quick: bool) -> dict[str, Any]:
     joined: dict[str, Any] = {"audio_s": sum(durations_s), "kept_s": sum(unit["counts"]["speech_s"] for unit in done), "ingest_s": decode_s}
     for name in STAGES:
         rows = [row[name] for row in found if name in row]
-        joined[name] = {key: (max if key == "s" else sum)(row.get(key, 0.0) for row in rows) for key in ("s", "models", "decode")}
-        joined[name]["all_s"] = sum(row["s"] for row in rows)
+        keys = ("models", "decode", "wall_s", "wall_models")
+        joined[name] = {"s": max(row["s"] for row in rows), "all_s": sum(row["s"] for row in rows)}
+        joined[name] |= {key: sum(row.get(key, 0.0) for row in rows) for key in keys}
     return joined
 
 
@@ -210,7 +212,7 @@ def table(found: dict[str, Any]) -> list[str]:
         "## Stages",
         "",
         f"{one['audio_s'] / 60:.1f} min of dense conversation in {len(RECORDINGS)} recordings, {one['kept_s'] / 60:.1f} min of it",
-        "in turns. Seconds of recording a second.",
+        "in turns. Seconds of recording a CPU second; of two processes, of the one that takes longer: what both do while it works a second.",
         "",
         "| stage | one process | two processes | | of the time: models | decoding |",
         "|---|---|---|---|---|---|",
@@ -222,18 +224,21 @@ def table(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {one['audio_s'] / slow['s']:,.1f} | {two['audio_s'] / fast['s']:,.1f} | {scaling} | {shares} |")
     lines.append(f"| (ingest alone: decode, resample, level) | {one['audio_s'] / one['ingest_s']:,.1f} | | | | |")
     for way, title in ((one, "one process"), (two, "two processes")):
-        total_s, model_s, decode_s = (sum(way[name][key] for name in STAGES) for key in ("all_s", "models", "decode"))
+        total_s, model_s, decode_s, wall_s, wall_model_s = (
+            sum(way[name][key] for name in STAGES) for key in ("all_s", "models", "decode", "wall_s", "wall_models")
+        )
         speed = way["audio_s"] / sum(way[name]["s"] for name in STAGES)
         lines += [
             "",
-            f"All stages, {title}: {speed:.2f} times real time; **{1 - model_s / total_s:.1%} of it is not models**",
-            f"(decoding, which three stages do, is {decode_s / total_s:.1%}).",
+            f"All stages, {title}: {speed:.2f} times real time; **{1 - model_s / total_s:.1%} of the CPU time is not models**",
+            f"({1 - wall_model_s / wall_s:.1%} by the clock, with waits for the disk); decoding, which three stages do, is",
+            f"{decode_s / total_s:.1%}.",
         ]
     lines += [
         "",
         "## Mimi: turns together and one by one",
         "",
-        "Seconds of audio a CPU second, one thread, the best of three rounds. *theirs* is transformers' `MimiModel.encode`, a turn",
+        "Seconds of audio a CPU second, one thread, the better of two rounds. *theirs* is transformers' `MimiModel.encode`, a turn",
         "a call, or padded in batches of like length up to 60 s; *ours* is `MimiCodec.encode`.",
         "",
         "| turns | theirs, singly | theirs, padded | ours, singly | ours, together | over theirs, singly | over ours | same codes |",
