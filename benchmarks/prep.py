@@ -212,7 +212,7 @@ def table(found: dict[str, Any]) -> list[str]:
         "## Stages",
         "",
         f"{one['audio_s'] / 60:.1f} min of dense conversation in {len(RECORDINGS)} recordings, {one['kept_s'] / 60:.1f} min of it",
-        "in turns. Seconds of recording a CPU second; of two processes, of the one that takes longer: what both do while it works a second.",
+        "in turns. Seconds of recording a CPU second; of two processes, of the slower one: what both do while it works a second.",
         "",
         "| stage | one process | two processes | | of the time: models | decoding |",
         "|---|---|---|---|---|---|",
