@@ -72,7 +72,7 @@ WEIGHTS := resemblyzer speechmos whisperx
 $(STAMP): | python-is-new-enough
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints/core.txt $(call locked,core,torch)
-	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,demo,dev,eval,sweep]"
+	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,datasets,demo,dev,eval,sweep]"
 	$(PIP) install -q --no-deps $(foreach name,$(WEIGHTS),$(call locked,core,$(name)))
 	! $(PIP) check | grep -viE '^(no broken requirements|resemblyzer |speechmos |whisperx )'
 	rm -f $(VENV)/.installed-*

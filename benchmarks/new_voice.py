@@ -23,7 +23,7 @@ import torch
 
 from csm.config import EvaluateConfig
 from csm.evaluation.metrics import count_word_errors
-from csm.evaluation.runner import speak
+from csm.evaluation.speaking import longest_s, speak
 from csm.evaluation.suites import SINGLE, Utterance, read_suites
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.generator import Generator
@@ -92,7 +92,15 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
         return utterance.voice, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
 
     with ThreadPoolExecutor(1) as pool:
-        made = speak(generator, utterances, temperature=temperature, top_k=defaults.top_k, batch_size=32, seed=defaults.seed)
+        made = speak(
+            generator,
+            utterances,
+            temperature=temperature,
+            top_k=defaults.top_k,
+            batch_size=32,
+            seed=defaults.seed,
+            max_duration_s=longest_s(utterances),
+        )
         found = [future.result() for future in [pool.submit(judge, utterance, said.codes) for utterance, said in made]]
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "temperature": temperature}
     for name in names.values():

@@ -622,7 +622,9 @@ class EncodeConfig:
     # copies of a training sample, each cut a part of a frame later: the same speech in other codes, for minutes of a voice
     num_phases: int = 1
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
-    device: str = "cpu"  # of the codec
+    # folder or hub id of a transformers audio classifier whose label each turn gets as its emotion; null gives none
+    emotion: str | None = None
+    device: str = "cpu"  # of the codec and of that classifier
 
     def __post_init__(self) -> None:
         _require(0 < self.min_turn_s < self.max_turn_s, "encode.min_turn_s", self.min_turn_s, "more than 0, less than encode.max_turn_s")
@@ -633,13 +635,26 @@ class EncodeConfig:
 
 
 @dataclass
+class DatasetConfig:
+    """`input=hf:<name or folder>`: what of a Hugging Face data set is read. Columns not named are looked for (docs/data.md)."""
+
+    name: str | None = None  # configuration of a data set that has several
+    split: str = "train"
+    revision: str | None = None  # of a data set on the hub; None is the newest
+    audio: str | None = None  # column of recordings; None is the first of type Audio
+    text: str | None = None  # column of what is said; None looks for text, transcription, transcript, sentence
+    speaker: str | None = None  # column that names the speaker; None looks for speaker_name, speaker_id, speaker, client_id
+
+
+@dataclass
 class PrepConfig:
     """`python -m data_prep`."""
 
     # "demo" synthesises the offline corpus; "turns" encodes recordings with known texts; "conversations" and "offline" also find out
     # who says what, the latter by models that packages carry; "index" indexes shards made elsewhere
     name: str = "demo"
-    input: str | None = None  # a folder of recordings, or a manifest.jsonl or metadata.csv that names them
+    # a folder of recordings, a manifest.jsonl or metadata.csv that names them, a tar; a URL of these; hf:<name or folder> of a data set
+    input: str | None = None
     output: str = "data/demo"
     stages: list[str] = field(default_factory=list)  # empty runs all of the named preparation
     seed: int = 0
@@ -649,8 +664,11 @@ class PrepConfig:
     unit_min: float = 30.0  # turns: minutes of audio in a unit, which is done as a whole or again
     val_share: float = 0.05  # turns: of the audio; 0 makes no validation split
     split_by: str = "auto"  # turns: "speaker" keeps a speaker's recordings in one split, "recording" does not; "auto" where it can
+    # which copies of a recording are dropped: "sound" compares fingerprints of the first two minutes, "bytes" only whole files
+    duplicates: str = "sound"
     license: str | None = None  # turns: of recordings whose manifest names none
     language: str | None = None  # turns: of recordings whose manifest names none
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)  # input=hf:...
     ingest: IngestConfig = field(default_factory=IngestConfig)
     transcribe: TranscribeConfig = field(default_factory=TranscribeConfig)  # this and the next three: conversations, offline
     diarize: DiarizeConfig = field(default_factory=DiarizeConfig)
@@ -665,6 +683,7 @@ class PrepConfig:
 
     def __post_init__(self) -> None:
         _one_of("prep.name", self.name, ("demo", "turns", "conversations", "offline", "index"))
+        _one_of("duplicates", self.duplicates, ("sound", "bytes"))
         _one_of("split_by", self.split_by, ("auto", "speaker", "recording"))
         _require(self.num_workers > 0, "num_workers", self.num_workers, "a positive number")
         _require(self.slice_count > 0, "slice_count", self.slice_count, "a positive number")

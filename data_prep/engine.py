@@ -29,6 +29,7 @@ from csm.codec import Codec, codec_from_folder
 from csm.config import EncodeConfig, IngestConfig
 from csm.text import tokenizer_from_folder
 from data_prep import stages
+from data_prep.emotion import label_turns, load_labeller
 from data_prep.encode import Conversation, cut_turns, encode_all, in_phases, samples_of
 from data_prep.failures import Failure, Rejected
 from data_prep.ingest import ingest
@@ -38,7 +39,7 @@ from data_prep.shard import Sample, write_atomic, write_split
 from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
 
 ENCODE = "encode"
-UNIT_VERSION = 1  # raise when the same settings would give other bytes
+UNIT_VERSION = 2  # raise when the same settings would give other bytes
 MAX_LOST_WORKERS = 3  # of one run; a fourth says that the machine, or a unit, kills them
 
 
@@ -61,6 +62,7 @@ class Job:
     license: str | None = None
     language: str | None = None
     listening: Listening | None = None  # of recordings whose turns are not known yet
+    emotion_digest: str | None = None  # of encode.emotion's files
     stages: tuple[str, ...] = (ENCODE,)  # of those a unit goes through, which are to be done now
 
     @property
@@ -74,6 +76,7 @@ class Job:
     def config_digest(self) -> str:
         """sha256 of what a unit's bytes depend on besides its recordings. The device is left out: it is no choice of data."""
         encode = {key: value for key, value in asdict(self.encode).items() if key != "device"}
+        encode["emotion"] = self.emotion_digest  # wherever it lies
         told = [UNIT_VERSION, self.codec_digest, asdict(self.ingest), encode, self.license, self.language]
         told.append(tokenizer_from_folder(self.output).settings())
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -162,6 +165,8 @@ def _conversations(unit: Unit, job: Job, failures: list[Failure], rows: Sequence
                 raise Rejected("changed", "the file is not the one the manifest was made of; run stages=[manifest] again")
             ingested = ingest(path, job.ingest, by_channel=any(turn.channel is not None for turn in recording.turns))
             conversation = cut_turns(recording, ingested, job.encode)
+            if job.encode.emotion is not None and job.emotion_digest is not None:
+                label_turns(conversation, load_labeller(job.encode.emotion, job.emotion_digest, job.encode.device))
         except Rejected as error:
             failures.append(Failure.of(recording.source, "ingest", error, duration_s=recording.duration_s))
             continue

@@ -16,8 +16,8 @@ import numpy as np
 
 from csm.config import DiarizeConfig
 from csm.listening.speaker import unit
+from csm.reachable import can_reach
 from data_prep.diarize import Diarizer, clipped, renumbered
-from data_prep.reachable import can_reach
 from data_prep.segmentation import RATE_HZ, Activity
 from data_prep.transcript import Span, SpeakerSpan
 

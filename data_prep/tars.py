@@ -69,6 +69,15 @@ def _index(path: Path, num_bytes: int, _changed_ns: int) -> tuple[Member, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
+def _by_name(path: Path, num_bytes: int, changed_ns: int) -> dict[str, Member]:
+    """The first member of each name: the second of two is refused."""
+    named: dict[str, Member] = {}
+    for member in _index(path, num_bytes, changed_ns):
+        named.setdefault(PurePosixPath(member.name).as_posix(), member)
+    return named
+
+
 def _why_refused(entry: tarfile.TarInfo, seen: set[str]) -> Rejected | None:
     name = PurePosixPath(entry.name)
     if not entry.isreg() or entry.issparse():
@@ -115,7 +124,11 @@ def opened(path: Path) -> BinaryIO:
 
 def _member(tar: Path, path: Path) -> Member:
     wanted = path.relative_to(tar).as_posix()
-    found = next((member for member in members_of(tar) if PurePosixPath(member.name).as_posix() == wanted), None)
+    try:
+        status = tar.stat()
+    except OSError as error:
+        raise Rejected("unreadable", f"{error.strerror or error}") from error
+    found = _by_name(tar, status.st_size, status.st_mtime_ns).get(wanted)
     if found is None:
         raise Rejected("missing", f"{tar.name} has no member {wanted!r}")
     if found.refused is not None:

@@ -15,14 +15,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from csm.config import PrepConfig
+from csm.listening.emotion import emotion_digest
 from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
 from data_prep.failures import Failure, Rejected
+from data_prep.fetch import fetch, is_elsewhere
+from data_prep.fingerprint import Copies, fingerprint
 from data_prep.inputs import Candidate, Input, probe
 from data_prep.manifest import Recording, manifest_line
 from data_prep.merge import merge, print_summary
@@ -34,7 +38,7 @@ from data_prep.tools import prepare_codec, prepare_tokenizer
 
 UNIT_STAGES = {"turns": (ENCODE,), "conversations": (*LISTENING_STAGES, ENCODE), "offline": (*LISTENING_STAGES, ENCODE)}
 STAGES = {name: ("manifest", *inner, "merge") for name, inner in UNIT_STAGES.items()}
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
 MODELS_NAME = "models.json"
 
@@ -47,7 +51,7 @@ def prepare_turns(config: PrepConfig) -> int:
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for input that cannot be used.
     """
-    found = check_command(config)
+    check_command(config)
     known = STAGES[config.name]
     stages = config.stages or (known if config.slice_count == 1 else known[:-1])
     torch.set_num_threads(1)  # codes must not depend on how many threads the machine has; num_workers are processes
@@ -55,14 +59,17 @@ def prepare_turns(config: PrepConfig) -> int:
     output = Path(config.output)
     status = 0
     if "manifest" in stages:
-        wanted = _plan_settings(config, found)
         with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):
-            _manifest_stage(config, found, output, wanted, console)
+            not_had = fetch(str(config.input), _place(config), config.dataset) if is_elsewhere(str(config.input)) else []
+            found = _found(config)
+            _manifest_stage(config, found, output, _plan_settings(config, found), not_had, console)
+    found = _found(config)
     job, units = _planned(config, found, output)
     job.stages = tuple(stage for stage in UNIT_STAGES[config.name] if stage in stages)
     if job.listening is not None:
         if TRANSCRIBE in job.stages:
-            job.listening.remember_models(job.work / MODELS_NAME)
+            with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):  # slices begin together
+                job.listening.remember_models(job.work / MODELS_NAME)
         else:
             job.listening.recall_models(job.work / MODELS_NAME)
     if job.stages:
@@ -76,8 +83,8 @@ def prepare_turns(config: PrepConfig) -> int:
     return status
 
 
-def check_command(config: PrepConfig) -> Input:
-    """What `input=` names, as far as the command alone can be wrong.
+def check_command(config: PrepConfig) -> None:
+    """Refuse what can be seen to be wrong of the command alone.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for a stage that there is not, an input that is not there, an output in use.
@@ -87,28 +94,44 @@ def check_command(config: PrepConfig) -> Input:
     if unknown:
         raise ValueError(f"stages={config.stages}: prep={config.name} has no stage {unknown[0]!r}; there are: {', '.join(known)}")
     if config.input is None:
-        raise ValueError(f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl or a metadata.csv>")
-    found = Input.find(Path(config.input), with_texts=config.name == "turns")
-    _check_output(Path(config.output), found.root)
-    return found
+        raise ValueError(
+            f"prep={config.name} needs input=<a folder of recordings, a manifest.jsonl, a metadata.csv, a URL or hf:<data set>>"
+        )
+    root = None if is_elsewhere(config.input) else _found(config).root
+    _check_output(Path(config.output), root)
 
 
-def _check_output(output: Path, root: Path) -> None:
+def _place(config: PrepConfig) -> Path:
+    """The folder or file that recordings are read from: `input=`, or where it is fetched to."""
+    assert config.input is not None
+    return Path(config.output) / "prep" / "input" if is_elsewhere(config.input) else Path(config.input)
+
+
+def _found(config: PrepConfig) -> Input:
+    return Input.find(_place(config), with_texts=config.name == "turns")
+
+
+def _check_output(output: Path, root: Path | None) -> None:
     """Refuse a folder that holds something else, and an input that lies in the output or around it."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "prep").is_dir())):
         raise FileExistsError(f"output={output} holds something that is not a preparation (prep/ is missing); give another output=")
+    if root is None:
+        return
     inner, outer = root.resolve(), output.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise ValueError(f"output={output} and input={root} lie in one another; give an output= outside of the recordings")
 
 
-def _manifest_stage(config: PrepConfig, found: Input, output: Path, wanted: dict[str, Any], console: Console) -> None:
+def _manifest_stage(
+    config: PrepConfig, found: Input, output: Path, wanted: dict[str, Any], not_had: list[Failure], console: Console
+) -> None:
     """Look at every file, choose splits, plan units; nothing to do when neither files nor settings changed."""
     work = output / "prep"
     plan = _read_plan(work / PLAN_NAME)
     if plan is not None and plan["settings"] == wanted:
         return
-    recordings, failures = _look_at(found, config.num_workers, console)
+    recordings, failures = _look_at(found, config.duplicates == "sound", config.num_workers, console)
+    failures += not_had
     if not recordings:
         reasons = sorted({failure.reason for failure in failures}) or ["no audio file"]
         first = f"; the first: {failures[0].source}: {failures[0].detail}" if failures else ""
@@ -130,6 +153,7 @@ def _manifest_stage(config: PrepConfig, found: Input, output: Path, wanted: dict
         "settings": wanted,
         "codec": codec.index_entry(),
         "codec_vocab_size": codec.vocab_size,
+        "emotion_digest": None if config.encode.emotion is None else emotion_digest(config.encode.emotion),
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
         "split_by": picked_by,
         "num_recordings": len(recordings),
@@ -157,6 +181,7 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
         "unit_min": config.unit_min,
         "val_share": config.val_share,
         "split_by": config.split_by,
+        "duplicates": config.duplicates,
         **_tool_settings(config),
     }
 
@@ -164,27 +189,38 @@ def _plan_settings(config: PrepConfig, found: Input) -> dict[str, Any]:
 def _tool_settings(config: PrepConfig) -> dict[str, Any]:
     """What the codec and the tokenizer in the output depend on."""
     numbering = {"renumber_speakers": config.encode.renumber_speakers, "first_speaker": config.encode.first_speaker}
-    return {"codec": asdict(config.codec), "text": asdict(config.text), **numbering}
+    return {"codec": asdict(config.codec), "text": asdict(config.text), "emotion": config.encode.emotion, **numbering}
 
 
-def _look_at(found: Input, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
+def _look_at(found: Input, by_sound: bool, num_workers: int, console: Console) -> tuple[list[Recording], list[Failure]]:
     """Digest and header of every candidate, duplicates dropped; in the order of the input."""
     recordings: dict[str, Recording] = {}
     failures: list[Failure] = []
+    copies = Copies(lambda recording: fingerprint(found.root / recording.source))
+
+    def look_at(entry: Candidate | Failure) -> tuple[Recording | Failure, np.ndarray | None]:
+        outcome = probe(entry, found.root) if isinstance(entry, Candidate) else entry
+        is_heard = by_sound and isinstance(outcome, Recording)
+        return outcome, fingerprint(found.root / outcome.source) if is_heard else None
+
     columns = (TextColumn("look at files"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     entries = list(found.candidates())
     with ThreadPoolExecutor(num_workers) as pool, Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(entries))
-        looked = pool.map(lambda entry: probe(entry, found.root) if isinstance(entry, Candidate) else entry, entries)
-        for outcome in looked:
+        for outcome, words in pool.map(look_at, entries):  # in their order: the first copy stays, however many look
             progress.advance(task)
             if isinstance(outcome, Failure):
                 failures.append(outcome)
-            elif outcome.digest in recordings:
+                continue
+            why = None
+            if outcome.digest in recordings:
                 why = Rejected("duplicate", f"the same bytes as {recordings[outcome.digest].source}")
-                failures.append(Failure.of(outcome.source, "manifest", why, duration_s=outcome.duration_s))
-            else:
+            elif words is not None and (first := copies.first_like(outcome, words)) is not None:
+                why = Rejected("duplicate", f"the same sound as {first.source}")
+            if why is None:
                 recordings[outcome.digest] = outcome
+            else:
+                failures.append(Failure.of(outcome.source, "manifest", why, duration_s=outcome.duration_s))
     return list(recordings.values()), failures
 
 
@@ -199,9 +235,12 @@ def _planned(config: PrepConfig, found: Input, output: Path) -> tuple[Job, list[
     if plan is None:
         raise FileNotFoundError(f"{output / 'prep' / PLAN_NAME}: no plan there; run stages=[manifest] first")
     for key, value in _tool_settings(config).items():
-        if plan["settings"][key] != value:
-            raise ValueError(f"{output} was planned with {key}={plan['settings'][key]}, this asks for {value}; run stages=[manifest] again")
+        if plan["settings"].get(key) != value:
+            raise ValueError(
+                f"{output} was planned with {key}={plan['settings'].get(key)}, this asks for {value}; run stages=[manifest] again"
+            )
     job = Job(found.root, output, plan["codec"]["digest"], config.ingest, config.encode, config.license, config.language)
+    job.emotion_digest = plan["emotion_digest"]
     if config.name != "turns":
         job.listening = Listening(config.ingest, config.transcribe, config.diarize, config.segment, config.filter)
     lines = (output / "prep" / UNITS_NAME).read_text(encoding="utf-8").splitlines()

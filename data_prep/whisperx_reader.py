@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from csm.config import TranscribeConfig
-from data_prep.reachable import can_reach
+from csm.reachable import can_reach
 from data_prep.segmentation import RATE_HZ
 from data_prep.transcript import Segment, Span, Word, runs_of_words
 

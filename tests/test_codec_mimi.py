@@ -49,6 +49,26 @@ def test_batched_codes_equal_single_codes(codec):
         assert torch.equal(codec.encode([clip])[0], codes)
 
 
+@pytest.mark.parametrize("way", ["_encode_packed", "_encode_padded"])
+def test_both_ways_to_encode_give_the_codes_of_transformers(codec, way):
+    """Packed on a CPU, padded on a GPU. Where two entries are nearly as close, float32 rounding may choose: none is here."""
+    lengths = [16, 1, 3, 32, 25]
+    whole = [0.1 * torch.randn(length * 1920, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    with torch.inference_mode():
+        expected = [codec.model.encode(clip[None, None], num_quantizers=8).audio_codes[0] for clip in whole]
+        found = getattr(codec, way)(whole, lengths)
+    assert max(codes.unique().numel() for codes in expected) > 8
+    for theirs, ours in zip(expected, found, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
+    expected = [codec.encode([clip])[0] for clip in clips()]
+    monkeypatch.setattr("csm.codec.mimi.MAX_PACKED_FRAMES", 17)  # 16 + 1, 3, 32 alone, 1
+    for ours, theirs in zip(codec.encode(clips()), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_batches_hold_like_lengths_within_the_cap():
     lengths = [10, 700, 30, 740, 5, 900]
     batches = _batches_by_length(lengths)

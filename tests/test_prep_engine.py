@@ -294,7 +294,7 @@ def test_added_recordings_leave_finished_units_alone(settings: Callable, recordi
     write_recordings(tmp_path / "more", num_speakers=1, num_each=3)
     shutil.copytree(tmp_path / "more/speaker 0", root / "zoe")
     for index, path in enumerate(sorted((root / "zoe").glob("*.wav"))):
-        soundfile.write(path, np.random.default_rng(index).standard_normal(24_000) * 0.1, 24_000)
+        soundfile.write(path, np.random.default_rng(100 + index).standard_normal(24_000) * 0.1, 24_000)
     assert prepare_turns(changed) == 0
     after = done_units(tmp_path / "out")
     assert len(after) >= len(before)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from csm import reachable
 from csm.config import DiarizeConfig
-from data_prep import pyannote_diarizer, reachable
+from data_prep import pyannote_diarizer
 from data_prep.pyannote_diarizer import PyannoteDiarizer
 from data_prep.transcribe import snapped
 from data_prep.transcript import Segment, Span, Word

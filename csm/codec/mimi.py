@@ -21,11 +21,13 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose
 
 from csm.codec.folder import check_digest, codec_digest, read_description, read_weights, write_codec_folder
 from csm.codec.interface import Codec, DecodeStream, check_codes, check_waveform
+from csm.codec.mimi_encoder import PackedEncoder
 from csm.frames import num_frames_from_samples, num_samples_from_frames
 
 DEFAULT_SOURCE = "kyutai/mimi"
 CSM_NUM_CODEBOOKS = 32
-MAX_BATCH_FRAMES = 750  # 60 s in one forward pass: memory grows with length (9.9 GB at 300 s, measured)
+MAX_BATCH_FRAMES = 750  # 60 s in one forward pass on a GPU: memory grows with length (9.9 GB at 300 s, measured)
+MAX_PACKED_FRAMES = 250  # 20 s at once on a CPU: more gains nothing, and attention over a pack grows with its square
 HUB_TIMEOUT_S = 5
 _SETTINGS = (  # of MimiConfig, with the tensors, what codes depend on
     "sampling_rate", "frame_rate", "upsampling_ratios", "kernel_size", "residual_kernel_size", "dilation_growth_rate",
@@ -71,6 +73,7 @@ class MimiCodec(Codec):
             )
         self.vocab_size = config.codebook_size
         self.source = source
+        self._packed_encoder: PackedEncoder | None = None  # made when something is encoded on a CPU
         settings = {name: getattr(config, name) for name in _SETTINGS}
         self.digest = codec_digest(self.model.state_dict(), {**settings, "num_codebooks": self.num_codebooks})
 
@@ -127,6 +130,7 @@ class MimiCodec(Codec):
 
     def to(self, device: torch.device | str) -> MimiCodec:
         self.model.to(device)
+        self._packed_encoder = None
         for quantizer in self._quantizers():
             quantizer.codebook._embed = None  # transformers caches the table as a plain attribute, which does not move
         return self
@@ -139,20 +143,42 @@ class MimiCodec(Codec):
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Encode clips to int64 [K, ceil(S / 1920)], zero-padded on the right to whole frames first.
 
-        Mimi is causal, so the zeros a batch adds change no frame of a shorter clip. A frame that comes out all zero, which
-        would read as EOS, takes in its last codebook the entry closest to entry 0 instead.
+        A clip's codes are the same whatever is encoded with it. A frame that comes out all zero, which would read as EOS, takes in
+        its last codebook the entry closest to entry 0 instead.
         """
         for waveform in waveforms:
             check_waveform(waveform)
-        clips = [waveform.to(self.device, torch.float32) for waveform in waveforms]
-        lengths = [num_frames_from_samples(clip.shape[0]) for clip in clips]
+        lengths = [num_frames_from_samples(waveform.shape[0]) for waveform in waveforms]
+        clips = [
+            F.pad(waveform.to(self.device, torch.float32), (0, num_samples_from_frames(length) - waveform.shape[0]))
+            for waveform, length in zip(waveforms, lengths, strict=True)
+        ]
+        if self.device.type == "cpu":
+            codes = self._encode_packed(clips, lengths)
+        else:
+            codes = self._encode_padded(clips, lengths)
+        return [self._without_zero_frames(rows) for rows in codes]
+
+    def _encode_packed(self, clips: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        if self._packed_encoder is None:
+            self._packed_encoder = PackedEncoder(self.model)
+        codes: list[Tensor] = []
+        while len(codes) < len(clips):
+            first = last = len(codes)
+            while last < len(clips) and (last == first or sum(lengths[first : last + 1]) <= MAX_PACKED_FRAMES):
+                last += 1
+            codes += self._packed_encoder.encode(clips[first:last], self.num_codebooks)
+        return codes
+
+    def _encode_padded(self, clips: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """By transformers' own modules, where kernels for a batch are at home. Causal: zeros on the right change no frame before them."""
         results: dict[int, Tensor] = {}
         for batch in _batches_by_length(lengths):
             num_samples = num_samples_from_frames(max(lengths[index] for index in batch))
             padded = torch.stack([F.pad(clips[index], (0, num_samples - clips[index].shape[0])) for index in batch])
             codes = self.model.encode(padded[:, None], num_quantizers=self.num_codebooks).audio_codes  # [b, K, F]
             for row, index in enumerate(batch):
-                results[index] = self._without_zero_frames(codes[row, :, : lengths[index]].contiguous())
+                results[index] = codes[row, :, : lengths[index]].contiguous()
         return [results[index] for index in range(len(clips))]
 
     def decode(self, codes: Tensor) -> Tensor:

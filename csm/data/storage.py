@@ -120,23 +120,23 @@ class RemoteFolder(Folder):
         self.place, self.parent = url.rstrip("/"), url.rstrip("/").rsplit("/", 1)[0]
 
     def sizes(self) -> dict[str, int]:
-        files, root = _file_system(str(self.place))
-        listing = _retried(lambda: files.ls(root, detail=True))
+        files, root = file_system(str(self.place))
+        listing = retried(lambda: files.ls(root, detail=True))
         sizes = {file["name"].rstrip("/").rsplit("/", 1)[-1]: file for file in listing if file["type"] == "file"}
         # a web server's listing has no sizes: each is asked for
         return {name: files.size(file["name"]) if file.get("size") is None else int(file["size"]) for name, file in sizes.items()}
 
     def read_many(self, names: Sequence[str]) -> list[bytes | Exception]:
-        files, root = _file_system(str(self.place))
+        files, root = file_system(str(self.place))
         paths = [f"{root}/{name}" for name in names]
-        contents = _retried(lambda: files.cat(paths, on_error="return")) if paths else {}
+        contents = retried(lambda: files.cat(paths, on_error="return")) if paths else {}
         if len(paths) == 1 and not isinstance(contents, dict):
             return [contents]
         missing = FileNotFoundError(f"{self.place}: not answered")
         return [contents.get(path, contents.get(path.lstrip("/"), missing)) for path in paths]
 
     def write(self, name: str, content: bytes) -> None:
-        files, root = _file_system(str(self.place))
+        files, root = file_system(str(self.place))
         try:
             files.pipe_file(f"{root}/{name}", content)
         except NotImplementedError as error:
@@ -146,7 +146,7 @@ class RemoteFolder(Folder):
 def match_folders(pattern: str) -> list[str]:
     """The places that a glob matches, sorted; of a URL, with its protocol."""
     if is_url(pattern):
-        files, root = _file_system(pattern)
+        files, root = file_system(pattern)
         return sorted(files.unstrip_protocol(path) for path in files.glob(root))
     import glob
 
@@ -214,11 +214,11 @@ class ShardFiles:
         contents: list[bytes | Exception] = [b""] * len(ranges)
         for indexes in by_protocol.values():
             asked = [ranges[index] for index in indexes]
-            opened = [_file_system(str(self.places[shard])) for shard, _, _ in asked]
+            opened = [file_system(str(self.places[shard])) for shard, _, _ in asked]
             files, paths = opened[0][0], [path for _, path in opened]
             firsts, lasts = [first for _, first, _ in asked], [last for _, _, last in asked]
             try:
-                got = _retried(partial(files.cat_ranges, paths, firsts, lasts, on_error="raise"))
+                got = retried(partial(files.cat_ranges, paths, firsts, lasts, on_error="raise"))
             except Exception:  # one of them fails: which?
                 got = files.cat_ranges(paths, firsts, lasts, on_error="return")
             for index, content in zip(indexes, got, strict=True):
@@ -253,9 +253,9 @@ class ShardFiles:
             return path
         self._cache.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        files, source = _file_system(str(self.places[shard]))
+        files, source = file_system(str(self.places[shard]))
         try:
-            _retried(lambda: files.get_file(source, str(part)))
+            retried(lambda: files.get_file(source, str(part)))
             got = sha256_of(part)
             if got != self._digests[shard]:
                 self._faults[shard] = f"sha256 {got[:12]}, the index says {self._digests[shard][:12]}; upload it again"
@@ -272,7 +272,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, this process's own (its connections do not survive a fork), and the path in it.
 
     Raises:
@@ -287,7 +287,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     return files, path.rstrip("/")
 
 
-def _retried(read: Callable[[], _Result]) -> _Result:
+def retried(read: Callable[[], _Result]) -> _Result:
     """What `read` gives; a failing connection is tried again, a missing file is not."""
     for pause_s in RETRY_AFTER_S:
         try:

@@ -192,7 +192,7 @@ def _listeners(config: EvaluateConfig, asked: Sequence[str], suites: dict[str, l
             )
         else:
             classifier = EmotionClassifier(config.suites.emotion)
-            listeners.emotion_of = classifier.label
+            listeners.emotion_of = lambda audio: classifier.classify(audio)[0]
             findings.evaluators["emotion"] = classifier.describe()  # type: ignore[assignment]
     return listeners
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from csm.listening.acoustics import is_silent, resample
+from csm.reachable import can_reach
 
 DEFAULT_SOURCE = "facebook/wav2vec2-lv-60-espeak-cv-ft"
 RATE_HZ = 16_000
@@ -28,9 +29,10 @@ class PhonemeRecogniser:
         from transformers import AutoModelForCTC
 
         self.source = source
+        is_local = Path(source).is_dir() or not can_reach("huggingface.co")  # what is in the hub's cache is taken from there
         try:
-            self._model = AutoModelForCTC.from_pretrained(source).eval()
-            vocabulary = json.loads(_vocabulary(source).read_text(encoding="utf-8"))
+            self._model = AutoModelForCTC.from_pretrained(source, local_files_only=is_local).eval()
+            vocabulary = json.loads(_vocabulary(source, is_local).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
                 f"phonemes: {source} cannot be had here ({str(error).splitlines()[0][:120]}); where the hub can be reached run "
@@ -59,13 +61,13 @@ class PhonemeRecogniser:
         }
 
 
-def _vocabulary(source: str) -> Path:
+def _vocabulary(source: str, is_local: bool) -> Path:
     local = Path(source) / "vocab.json"
     if local.parent.is_dir():
         return local
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(source, "vocab.json"))
+    return Path(hf_hub_download(source, "vocab.json", local_files_only=is_local))
 
 
 def nearest_pronunciation(phonemes: Sequence[str], candidates: Sequence[Sequence[str]]) -> int | None:

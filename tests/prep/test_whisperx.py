@@ -58,7 +58,7 @@ def test_words_are_whisperxs_and_near_their_times(talk, monkeypatch):
 
 
 def test_where_the_aligner_cannot_be_had_it_is_said_what_is_missing(talk, monkeypatch, tmp_path, capsys):
-    from data_prep.reachable import can_reach
+    from csm.reachable import can_reach
     from data_prep.whisperx_reader import load_aligner
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -103,8 +103,8 @@ def test_an_aligner_given_as_a_folder_times_the_words(talk, tmp_path):
 
 def test_pyannotes_pipeline_is_replaced_by_ours_where_its_weights_cannot_be_had(monkeypatch, capsys):
     from csm.config import DiarizeConfig
+    from csm.reachable import can_reach
     from data_prep.diarize import Diarizer, load_diarizer
-    from data_prep.reachable import can_reach
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     can_reach.cache_clear()
