@@ -31,7 +31,7 @@ from data_prep.ingest import ingest
 from data_prep.manifest import Recording, file_digest, read_manifest
 from data_prep.planning import TRAIN, Unit
 from data_prep.shard import Sample, write_atomic, write_split
-from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
+from data_prep.stages import Heard, Listening, failures_of, recordings_of, run_stages
 
 ENCODE = "encode"
 UNIT_VERSION = 1  # raise when the same settings would give other bytes
@@ -89,11 +89,12 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
 
 
 def _run_unit(unit: Unit, job: Job) -> dict[str, Any]:
-    rows = heard_rows(unit, job, job.stages)
-    if job.listening is not None and rows is None:
+    heard = heard_unit(unit, job, job.stages)
+    if job.listening is not None and heard is None:
         raise ValueError(f"unit {unit.name} has not been listened to with these settings; run stages=[{','.join(stages.NAMES)}] first")
     if ENCODE not in job.stages:
         return {}
+    rows = None if heard is None else heard.rows()
     folder = job.work / "units" / unit.name
     done = job.work / "done" / f"{unit.name}.json"
     part = folder.with_name(unit.name + ".tmp")
@@ -131,7 +132,7 @@ def _run_unit(unit: Unit, job: Job) -> dict[str, Any]:
         "unit": unit.name,
         "split": unit.split,
         "config_digest": job.config_digest(),
-        "input_digest": _input_digest(unit, rows),
+        "input_digest": _input_digest(unit, heard),
         "shards": index["shards"],
         "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
         "keys": keys,
@@ -142,7 +143,7 @@ def _run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     return record
 
 
-def heard_rows(unit: Unit, job: Job, names: Sequence[str]) -> list[dict[str, Any]] | None:
+def heard_unit(unit: Unit, job: Job, names: Sequence[str]) -> Heard | None:
     """What listening to a unit left, the named stages done where they were not; None where it is not needed or not done."""
     if job.listening is None:
         return None
@@ -152,8 +153,8 @@ def heard_rows(unit: Unit, job: Job, names: Sequence[str]) -> list[dict[str, Any
     return run_stages(job.listening, names, last, job.work, unit.name, unit.digest, recordings, job.root)
 
 
-def _input_digest(unit: Unit, rows: Sequence[dict[str, Any]] | None) -> str:
-    return unit.digest if rows is None else rows_digest(rows)
+def _input_digest(unit: Unit, heard: Heard | None) -> str:
+    return unit.digest if heard is None else heard.digest
 
 
 def _conversations(unit: Unit, job: Job, failures: list[Failure], rows: Sequence[dict[str, Any]] | None) -> Iterator[Conversation]:
@@ -191,14 +192,14 @@ def read_done(unit: Unit, job: Job, config_digest: str) -> dict[str, Any] | None
     done = job.work / "done" / f"{unit.name}.json"
     if ENCODE in job.stages and not done.is_file():
         return None
-    rows = heard_rows(unit, job, ())
-    if job.listening is not None and rows is None:
+    heard = heard_unit(unit, job, ())
+    if job.listening is not None and heard is None:
         return None
     if ENCODE not in job.stages:
         return {}
     try:
         record = json.loads(done.read_text(encoding="utf-8"))
-        is_same = record["config_digest"] == config_digest and record["input_digest"] == _input_digest(unit, rows)
+        is_same = record["config_digest"] == config_digest and record["input_digest"] == _input_digest(unit, heard)
         folder = job.work / "units" / unit.name
         for name, (num_bytes, digest) in record["files"].items() if is_same else ():
             path = folder / name

@@ -65,13 +65,12 @@ def ray_workers(config: RayConfig, num_workers: int, job: Job) -> Iterator[RayWo
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
     }
-    if not address:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else ours))
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise ValueError(
-            f"ray.address={address}: no Ray there ({error}); start it with `ray start --head`, or leave the address out"
+            f"ray.address={address}: no Ray there that lets us in ({error}); start one with `ray start --head` and give ray.address=auto "
+            "on its machine (another address takes RAY_AUTH_MODE=token and its token), or leave the address out"
         ) from error
     try:
         yield RayWorkers(config, job)

@@ -56,13 +56,17 @@ def processes(name: bytes) -> list[int]:
 
 
 def on_ray(work: Path, overrides: list[str]) -> dict[str, object]:
+    """The first run has a Ray of its own; the second one a cluster's, whose machine says that it has two GPUs."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    has = ["--num-cpus=2", "--num-gpus=2", "--node-ip-address=127.0.0.1", "--port=6379", "--include-dashboard=false"]
+    subprocess.run([ray, "start", "--head", *has, "--disable-usage-stats"], check=True, capture_output=True, timeout=TIMEOUT_S)
     output = work / "killed"
-    killed_driver = start(output, overrides)
+    killed_driver = start(output, [*overrides, "num_workers=2"])
     until(lambda: done_units(output) and processes(WORKER_AT_WORK), killed_driver)
     killed_driver.kill()
     killed_driver.wait()
     before = done_units(output)
-    again = start(output, overrides)  # at once: workers of the killed one may still be at it
+    again = start(output, [*overrides, "ray.address=auto", "ray.gpus=1"])  # at once: old workers may still be at it
     old = set(processes(WORKER_AT_WORK))
     until(lambda: set(processes(WORKER_AT_WORK)) - old, again)
     os.kill((set(processes(WORKER_AT_WORK)) - old).pop(), signal.SIGKILL)
