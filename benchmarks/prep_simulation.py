@@ -219,17 +219,17 @@ def run(arguments: argparse.Namespace, sizes: tuple[int, ...]) -> None:
     path = arguments.work / "kept.json"
     kept = json.loads(path.read_text()) if path.is_file() else {"num_kills": 0, "num_commands": 0, "wall_s": 0.0, "costs": {}}
     make(arguments.work, arguments.recordings, arguments.errors, arguments.worker_kills)
-    try:
-        kept["is_done"] = kept.get("is_done") or run_and_kill(arguments, kept, stop_at_s)
-        if kept["is_done"]:
-            kept["account"] = kept.get("account") or account(arguments.work, arguments.recordings)
-            for size in sizes:
-                if str(size) not in kept["costs"] and time.monotonic() < stop_at_s:
-                    kept["costs"][str(size)] = measure(arguments, size)
-        if len(kept["costs"]) < len(sizes):
-            return print("stopped; run it again to go on")
-    finally:
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+    kept["is_done"] = kept.get("is_done") or run_and_kill(arguments, kept, stop_at_s)
+    keep(path, kept)
+    if kept["is_done"]:
+        kept["account"] = kept.get("account") or account(arguments.work, arguments.recordings)
+        keep(path, kept)
+        for size in sizes:
+            if str(size) not in kept["costs"] and time.monotonic() < stop_at_s:
+                kept["costs"][str(size)] = measure(arguments, size)
+                keep(path, kept)
+    if not kept["is_done"] or len(kept["costs"]) < len(sizes):
+        return print("stopped; run it again to go on")
     lines = table(kept, arguments)
     print("\n".join(lines))
     output = arguments.output or (None if arguments.quick else ROOT / "benchmarks/results/prep_simulation.md")
@@ -241,6 +241,12 @@ def run(arguments: argparse.Namespace, sizes: tuple[int, ...]) -> None:
         )
         os.replace(part, output)
         print(f"written: {output}")
+
+
+def keep(path: Path, kept: dict[str, Any]) -> None:
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(kept, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def surroundings(command_line: str) -> list[str]:

@@ -161,8 +161,8 @@ def run_stages(
         What `last` left; None where it, or a stage before it, is not done and was not asked for.
     """
     steps: dict[str, Callable[[Iterator[Any]], Iterator[dict[str, Any]]]] = {
-        TRANSCRIBE: lambda rows: (_transcribe(recording, root, listening) for recording in rows),
-        SEGMENT: lambda rows: (_segment(row, root, listening) for row in rows),
+        TRANSCRIBE: lambda rows: (_named(recording.source, _transcribe, recording, root, listening) for recording in rows),
+        SEGMENT: lambda rows: (_named(row["recording"]["source"], _segment, row, root, listening) for row in rows),
         FILTER: lambda rows: (_filter(row, listening.filter) for row in rows),
     }
     digest = unit_digest
@@ -177,6 +177,14 @@ def run_stages(
         digest = found
     assert file is not None
     return Heard(file, digest)
+
+
+def _named(source: str, step: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Let an error that nobody foresaw name the recording: of a unit's many, it is the one to look at."""
+    try:
+        return step(*arguments)
+    except Exception as error:
+        raise RuntimeError(f"{source}: {type(error).__name__}: {error}") from error
 
 
 def recordings_of(rows: Sequence[dict[str, Any]]) -> Iterator[Recording]:

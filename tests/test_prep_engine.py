@@ -396,6 +396,21 @@ def test_worker_that_outlives_its_driver_is_waited_for_and_its_unit_not_done_aga
     assert not second.is_alive() and (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_error_that_nobody_foresaw_names_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
+    from data_prep import stages
+    from data_prep.manifest import Recording
+
+    def fails(*_: object) -> dict:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(stages, "_transcribe", fails)
+    listening = stages.Listening(IngestConfig(), TranscribeConfig(), DiarizeConfig(), SegmentConfig(), FilterConfig(), {"whisper": "none"})
+    recordings = [Recording("0" * 16, "calls/a.wav", 1, 1.0)]
+    with pytest.raises(RuntimeError, match="calls/a.wav: RuntimeError: no kernel image"):
+        stages.run_stages(listening, stages.NAMES, stages.FILTER, tmp_path, "train-000000", "", lambda: iter(recordings), tmp_path)
+
+
 def test_a_slice_that_is_being_done_is_refused(settings: Callable, tmp_path: Path) -> None:
     from data_prep.engine import locked
 
