@@ -647,6 +647,38 @@ class DatasetConfig:
 
 
 @dataclass
+class RayConfig:
+    """`executor=ray`: each worker is an actor, with its models loaded once."""
+
+    address: str | None = None  # of a cluster: "auto" on one of its machines; null starts Ray on this machine, with num_workers CPUs
+    workers: int = 0  # at once; 0 is as many as there is room for
+    cpus: float = 1.0  # of each worker
+    gpus: float | None = None  # of each worker; null is one where a stage's device is cuda, else none
+    max_retries: int = 3  # of a unit whose worker dies; then it is reported, and the others go on
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, "ray.workers", self.workers, "0 or more")
+        _require(self.cpus > 0, "ray.cpus", self.cpus, "a positive number")
+        _require(self.gpus is None or self.gpus >= 0, "ray.gpus", self.gpus, "0 or more, or null")
+        _require(self.max_retries >= 0, "ray.max_retries", self.max_retries, "0 or more")
+
+
+@dataclass
+class SlurmConfig:
+    """`executor=slurm`: a job array of slurm/prep_array.sbatch, whose own lines say what else a job gets."""
+
+    slices: int = 16  # tasks of the array
+    options: list[str] = field(
+        default_factory=list
+    )  # of sbatch, over the script's: ["--partition=gpu","--gpus-per-task=1","--time=12:00:00"]
+
+    def __post_init__(self) -> None:
+        _require(self.slices > 0, "slurm.slices", self.slices, "a positive number")
+        bad = [option for option in self.options if not option.startswith("--")]
+        _require(not bad, "slurm.options", self.options, 'options of sbatch such as ["--partition=gpu"]')
+
+
+@dataclass
 class PrepConfig:
     """`python -m data_prep`."""
 
@@ -661,6 +693,9 @@ class PrepConfig:
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     slice_index: int = 0  # turns: this process takes every slice_count-th unit, beginning with this one
     slice_count: int = 1  # turns: processes or array tasks that share the work
+    executor: str = "local"  # of units: "local" processes, "ray" workers, or "slurm", an array of slices that the command waits for
+    ray: RayConfig = field(default_factory=RayConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     unit_min: float = 30.0  # turns: minutes of audio in a unit, which is done as a whole or again
     val_share: float = 0.05  # turns: of the audio; 0 makes no validation split
     split_by: str = "auto"  # turns: "speaker" keeps a speaker's recordings in one split, "recording" does not; "auto" where it can
@@ -685,6 +720,14 @@ class PrepConfig:
         _one_of("prep.name", self.name, ("demo", "turns", "conversations", "offline", "index"))
         _one_of("duplicates", self.duplicates, ("sound", "bytes"))
         _one_of("split_by", self.split_by, ("auto", "speaker", "recording"))
+        _one_of("executor", self.executor, ("local", "ray", "slurm"))
+        has_units = self.name in ("turns", "conversations", "offline")
+        _require(has_units or self.executor == "local", "executor", self.executor, f"local: prep={self.name} has no units to share")
+        is_alone = self.slice_count == 1 or self.executor == "local"
+        _require(is_alone, "slice_count", self.slice_count, f"1: executor={self.executor} shares all units itself")
+        for name, section, unset in (("ray", self.ray, RayConfig()), ("slurm", self.slurm, SlurmConfig())):
+            is_used = self.executor == name or section == unset
+            _require(is_used, name, section, f"nothing, or executor={name}: executor={self.executor} does not read it")
         _require(self.num_workers > 0, "num_workers", self.num_workers, "a positive number")
         _require(self.slice_count > 0, "slice_count", self.slice_count, "a positive number")
         _require(

@@ -20,6 +20,8 @@ EXAMPLES = (
     "-m data_prep prep=offline input=recordings output=data/mine   # any recordings of speech",
     "-m data_prep prep=turns input=recordings output=data/mine   # a folder of recordings, a .txt beside each",
     "-m data_prep prep=turns input=recordings output=data/mine slice_index=0 slice_count=8   # one of eight; then stages=[merge]",
+    "-m data_prep prep=turns input=recordings output=data/mine executor=ray ray.address=auto   # workers of a Ray cluster",
+    "-m data_prep prep=turns input=recordings output=data/mine executor=slurm slurm.slices=64   # a job array, waited for",
     "-m data_prep prep=index output=data/mine   # data/mine/<split>/*.tar, data/mine/codec/codec.json",
 )
 STAGES = {"demo": ("synthesise",), "index": ("index",)}  # of the others: data_prep.turns
@@ -42,7 +44,9 @@ def prepare(config: PrepConfig) -> None:
             check_command(config)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
             raise UsageError(str(error)) from error
-        sys.exit(prepare_turns(config))
+        from hydra.core.hydra_config import HydraConfig
+
+        sys.exit(prepare_turns(config, list(HydraConfig.get().overrides.task)))
     known = (*STAGES["demo"], *STAGES["index"])
     unknown = [stage for stage in config.stages if stage not in known]
     if unknown:

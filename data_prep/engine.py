@@ -11,19 +11,15 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from csm.codec import Codec, codec_from_folder
 from csm.config import EncodeConfig, IngestConfig
@@ -36,11 +32,10 @@ from data_prep.ingest import ingest
 from data_prep.manifest import Recording, file_digest, read_manifest
 from data_prep.planning import TRAIN, Unit
 from data_prep.shard import Sample, write_atomic, write_split
-from data_prep.stages import Listening, failures_of, recordings_of, rows_digest, run_stages
+from data_prep.stages import Heard, Listening, failures_of, recordings_of, run_stages
 
 ENCODE = "encode"
 UNIT_VERSION = 2  # raise when the same settings would give other bytes
-MAX_LOST_WORKERS = 3  # of one run; a fourth says that the machine, or a unit, kills them
 
 
 @dataclass
@@ -85,14 +80,24 @@ class Job:
 def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     """Do the stages of one unit that are asked for and not done, and return what its `done/<unit>.json` says.
 
+    A unit is locked while it is at work: a worker that outlives its killed driver ends it, and whoever was given the unit
+    meanwhile waits and finds it done.
+
     Raises:
         ValueError: if the manifest is not the one the unit was planned on, or a stage's input is not there.
     """
-    rows = heard_rows(unit, job, job.stages)
-    if job.listening is not None and rows is None:
+    with locked(job.work / "locks" / f"{unit.name}.lock", what=f"unit {unit.name}", is_waiting=True):
+        record = read_done(unit, job, job.config_digest())
+        return _run_unit(unit, job) if record is None else record
+
+
+def _run_unit(unit: Unit, job: Job) -> dict[str, Any]:
+    heard = heard_unit(unit, job, job.stages)
+    if job.listening is not None and heard is None:
         raise ValueError(f"unit {unit.name} has not been listened to with these settings; run stages=[{','.join(stages.NAMES)}] first")
     if ENCODE not in job.stages:
         return {}
+    rows = None if heard is None else heard.rows()
     folder = job.work / "units" / unit.name
     done = job.work / "done" / f"{unit.name}.json"
     part = folder.with_name(unit.name + ".tmp")
@@ -130,7 +135,7 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
         "unit": unit.name,
         "split": unit.split,
         "config_digest": job.config_digest(),
-        "input_digest": _input_digest(unit, rows),
+        "input_digest": _input_digest(unit, heard),
         "shards": index["shards"],
         "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
         "keys": keys,
@@ -141,7 +146,7 @@ def run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     return record
 
 
-def heard_rows(unit: Unit, job: Job, names: Sequence[str]) -> list[dict[str, Any]] | None:
+def heard_unit(unit: Unit, job: Job, names: Sequence[str]) -> Heard | None:
     """What listening to a unit left, the named stages done where they were not; None where it is not needed or not done."""
     if job.listening is None:
         return None
@@ -151,8 +156,8 @@ def heard_rows(unit: Unit, job: Job, names: Sequence[str]) -> list[dict[str, Any
     return run_stages(job.listening, names, last, job.work, unit.name, unit.digest, recordings, job.root)
 
 
-def _input_digest(unit: Unit, rows: Sequence[dict[str, Any]] | None) -> str:
-    return unit.digest if rows is None else rows_digest(rows)
+def _input_digest(unit: Unit, heard: Heard | None) -> str:
+    return unit.digest if heard is None else heard.digest
 
 
 def _conversations(unit: Unit, job: Job, failures: list[Failure], rows: Sequence[dict[str, Any]] | None) -> Iterator[Conversation]:
@@ -189,14 +194,17 @@ def unit_recordings(unit: Unit, manifest: Path) -> Iterator[Recording]:
 
 def read_done(unit: Unit, job: Job, config_digest: str) -> dict[str, Any] | None:
     """What a finished unit says; None when it has to be done (again)."""
-    rows = heard_rows(unit, job, ())
-    if job.listening is not None and rows is None:
+    done = job.work / "done" / f"{unit.name}.json"
+    if ENCODE in job.stages and not done.is_file():
+        return None
+    heard = heard_unit(unit, job, ())
+    if job.listening is not None and heard is None:
         return None
     if ENCODE not in job.stages:
         return {}
     try:
-        record = json.loads((job.work / "done" / f"{unit.name}.json").read_text(encoding="utf-8"))
-        is_same = record["config_digest"] == config_digest and record["input_digest"] == _input_digest(unit, rows)
+        record = json.loads(done.read_text(encoding="utf-8"))
+        is_same = record["config_digest"] == config_digest and record["input_digest"] == _input_digest(unit, heard)
         folder = job.work / "units" / unit.name
         for name, (num_bytes, digest) in record["files"].items() if is_same else ():
             path = folder / name
@@ -207,61 +215,18 @@ def read_done(unit: Unit, job: Job, config_digest: str) -> dict[str, Any] | None
         return None
 
 
+def read_all_done(units: Sequence[Unit], job: Job) -> list[dict[str, Any] | None]:
+    """`read_done` of each: bytes are read and digested by several threads."""
+    config_digest = job.config_digest()
+    if job.listening is not None:
+        job.listening.models_used()  # once, before threads ask
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda unit: read_done(unit, job, config_digest), units))
+
+
 def units_of_slice(units: Sequence[Unit], slice_index: int, slice_count: int) -> list[Unit]:
     """Every `slice_count`-th unit: long and short ones spread over the slices."""
     return list(units[slice_index::slice_count])
-
-
-def run_units(units: Sequence[Unit], job: Job, num_workers: int, on_done: Callable[[Unit, dict[str, Any] | Exception], None]) -> None:
-    """Run units in this process, or in `num_workers` of them; `on_done` hears of each as it ends, with its record or its error.
-
-    A worker that dies (out of memory, killed) is replaced, and its unit is done again.
-
-    Raises:
-        ValueError: when workers keep dying.
-    """
-    if num_workers == 1 or len(units) <= 1:
-        for unit in units:
-            try:
-                outcome: dict[str, Any] | Exception = run_unit(unit, job)
-            except (OSError, ValueError, RuntimeError, MemoryError) as error:
-                outcome = error
-            on_done(unit, outcome)
-        return
-    left = {unit.name: unit for unit in units}
-    num_lost = 0
-    while left:
-        try:
-            _run_in_pool(left, job, min(num_workers, len(left)), on_done)
-        except BrokenProcessPool as error:
-            num_lost += 1
-            if num_lost > MAX_LOST_WORKERS:
-                raise ValueError(
-                    f"{num_lost} workers died, the last with {len(left)} units left; if memory ran out use fewer num_workers"
-                ) from error
-
-
-def _run_in_pool(left: dict[str, Unit], job: Job, num_workers: int, on_done: Callable[[Unit, dict[str, Any] | Exception], None]) -> None:
-    # spawn: a forked child would inherit torch's thread pool, and hang.
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        running: dict[Future[dict[str, Any]], Unit] = {}
-        queue = iter(list(left.values()))
-        try:
-            while True:
-                while len(running) < 2 * num_workers and (unit := next(queue, None)) is not None:
-                    running[pool.submit(run_unit, unit, job)] = unit
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    unit = running.pop(future)
-                    error = future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        raise error
-                    del left[unit.name]
-                    on_done(unit, error if isinstance(error, Exception) else future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 @contextmanager
@@ -288,10 +253,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
 
 
 @lru_cache(maxsize=1)

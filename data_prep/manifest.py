@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +220,10 @@ def file_digest(path: Path) -> str:
 
 def manifest_line(recording: Recording) -> str:
     """A line of the manifest; keys without a value are left out."""
-    row = {key: value for key, value in asdict(recording).items() if value is not None}
+    row = {key: value for key, value in vars(recording).items() if value is not None}  # asdict would copy every word
     row["turns"] = [
-        {key: value for key, value in turn.items() if value is not None and (key not in _OPTIONAL or value != _OPTIONAL[key])}
-        for turn in row["turns"]
+        {key: value for key, value in vars(turn).items() if value is not None and (key not in _OPTIONAL or value != _OPTIONAL[key])}
+        for turn in recording.turns
     ]
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from csm.config import ModelConfig
-from data_prep.engine import Job, locked, read_done, sync_folder
+from data_prep.engine import Job, locked, read_all_done, sync_folder
 from data_prep.planning import TRAIN, VALIDATION, Unit
 from data_prep.shard import FORMAT_VERSION, INDEX_NAME, write_atomic
 
@@ -38,9 +38,7 @@ def merge(job: Job, units: Sequence[Unit]) -> dict[str, Any]:
         ValueError: if no unit is done.
     """
     with locked(job.work / "merge.lock", what=f"merging {job.output}"):
-        config_digest = job.config_digest()
-        records = [read_done(unit, job, config_digest) for unit in units]
-        done = [record for record in records if record is not None]
+        done = [record for record in read_all_done(units, job) if record is not None]
         if not done:
             raise ValueError(f"{job.output}: none of {len(units)} units is done; run stages=[encode] first")
         _remove_units_not_planned(job, {unit.name for unit in units})

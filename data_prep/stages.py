@@ -103,22 +103,40 @@ class StageFile:
     config_digest: str
     input_digest: str
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """The lines; None when they have to be made (again)."""
+    def check(self) -> str | None:
+        """sha256 of the lines; None when they have to be made (again). They are not parsed: of many hours they are many."""
         try:
-            head, _, body = self.path.read_text(encoding="utf-8").partition("\n")
-            told = json.loads(head)
-            if (told["config_digest"], told["input_digest"]) != (self.config_digest, self.input_digest):
-                return None
-            return [json.loads(line) for line in body.split("\n")[:-1]] if told["sha256"] == _sha256(body) else None
+            with self.path.open("rb") as stream:
+                told = json.loads(stream.readline())
+                is_same = (told["config_digest"], told["input_digest"]) == (self.config_digest, self.input_digest)
+                is_same = is_same and told["sha256"] == hashlib.file_digest(stream, "sha256").hexdigest()
+                return told["sha256"] if is_same else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        body = _lines(rows)
+    def read(self) -> list[dict[str, Any]]:
+        """The lines, where `check` has found them whole."""
+        body = self.path.read_text(encoding="utf-8").partition("\n")[2]
+        return [json.loads(line) for line in body.split("\n")[:-1]]
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Write them; returns what `check` will."""
+        body = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
         head = {"config_digest": self.config_digest, "input_digest": self.input_digest, "sha256": _sha256(body)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, (json.dumps(head) + "\n" + body).encode())
+        return head["sha256"]
+
+
+@dataclass
+class Heard:
+    """What the last stage left of a unit: its lines, and their sha256."""
+
+    file: StageFile
+    digest: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.file.read()
 
 
 def stage_file(listening: Listening, stage: str, work: Path, unit: str, input_digest: str) -> StageFile:
@@ -136,33 +154,37 @@ def run_stages(
     unit_digest: str,
     recordings: Callable[[], Iterator[Recording]],
     root: Path,
-) -> list[dict[str, Any]] | None:
+) -> Heard | None:
     """Do the named stages of a unit that are not done, in order, up to `last`.
 
     Returns:
-        The lines of `last`; None where a stage before it is not done and was not asked for.
+        What `last` left; None where it, or a stage before it, is not done and was not asked for.
     """
     steps: dict[str, Callable[[Iterator[Any]], Iterator[dict[str, Any]]]] = {
-        TRANSCRIBE: lambda rows: (_transcribe(recording, root, listening) for recording in rows),
-        SEGMENT: lambda rows: (_segment(row, root, listening) for row in rows),
+        TRANSCRIBE: lambda rows: (_named(recording.source, _transcribe, recording, root, listening) for recording in rows),
+        SEGMENT: lambda rows: (_named(row["recording"]["source"], _segment, row, root, listening) for row in rows),
         FILTER: lambda rows: (_filter(row, listening.filter) for row in rows),
     }
-    input_digest, rows = unit_digest, None
+    digest = unit_digest
+    file: StageFile | None = None
     for stage in NAMES[: NAMES.index(last) + 1]:
-        file = stage_file(listening, stage, work, unit, input_digest)
-        found = file.read()
+        before, file = file, stage_file(listening, stage, work, unit, digest)
+        found = file.check()
         if found is None:
             if stage not in names:
                 return None
-            found = list(steps[stage](recordings() if rows is None else iter(rows)))
-            file.write(found)
-        rows, input_digest = found, rows_digest(found)
-    return rows
+            found = file.write(list(steps[stage](recordings() if before is None else iter(before.read()))))
+        digest = found
+    assert file is not None
+    return Heard(file, digest)
 
 
-def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
-    """sha256 of a stage's lines."""
-    return _sha256(_lines(rows))
+def _named(source: str, step: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Let an error that nobody foresaw name the recording: of a unit's many, it is the one to look at."""
+    try:
+        return step(*arguments)
+    except Exception as error:
+        raise RuntimeError(f"{source}: {type(error).__name__}: {error}") from error
 
 
 def recordings_of(rows: Sequence[dict[str, Any]]) -> Iterator[Recording]:
@@ -305,10 +327,6 @@ def _dropped(recording: Recording, entry: Dropped, stage: str) -> dict[str, Any]
 
 def _cut(audio: np.ndarray, start_s: float, end_s: float) -> np.ndarray:
     return audio[max(0, round(start_s * SAMPLE_RATE_HZ)) : round(end_s * SAMPLE_RATE_HZ)]
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
 
 
 def _sha256(text: str) -> str:

@@ -36,11 +36,21 @@ def members_of(path: Path) -> list[Member]:
     Raises:
         Rejected: "not_audio" if it is no tar, "truncated" if it ends early, "unreadable".
     """
+    return list(_index(path, *_size_and_time(path)))
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
         raise Rejected("unreadable", f"{error.strerror or error}") from error
-    return list(_index(path, status.st_size, status.st_mtime_ns))
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _by_name(path: Path, num_bytes: int, changed_ns: int) -> dict[str, Member]:
+    """The first member of each name: a tar of many is not gone through for each of them."""
+    return {PurePosixPath(member.name).as_posix(): member for member in reversed(_index(path, num_bytes, changed_ns))}
 
 
 @lru_cache(maxsize=64)
@@ -69,15 +79,6 @@ def _index(path: Path, num_bytes: int, _changed_ns: int) -> tuple[Member, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=64)
-def _by_name(path: Path, num_bytes: int, changed_ns: int) -> dict[str, Member]:
-    """The first member of each name: the second of two is refused."""
-    named: dict[str, Member] = {}
-    for member in _index(path, num_bytes, changed_ns):
-        named.setdefault(PurePosixPath(member.name).as_posix(), member)
-    return named
-
-
 def _why_refused(entry: tarfile.TarInfo, seen: set[str]) -> Rejected | None:
     name = PurePosixPath(entry.name)
     if not entry.isreg() or entry.issparse():
@@ -95,6 +96,8 @@ def _why_refused(entry: tarfile.TarInfo, seen: set[str]) -> Rejected | None:
 
 def tar_above(path: Path) -> Path | None:
     """The tar that a path leads into, or None."""
+    if f"{SUFFIX}/" not in os.fspath(path):  # nearly every path, several times a recording
+        return None
     return next((parent for parent in path.parents if parent.suffix == SUFFIX and os.path.isfile(parent)), None)
 
 
@@ -124,11 +127,7 @@ def opened(path: Path) -> BinaryIO:
 
 def _member(tar: Path, path: Path) -> Member:
     wanted = path.relative_to(tar).as_posix()
-    try:
-        status = tar.stat()
-    except OSError as error:
-        raise Rejected("unreadable", f"{error.strerror or error}") from error
-    found = _by_name(tar, status.st_size, status.st_mtime_ns).get(wanted)
+    found = _by_name(tar, *_size_and_time(tar)).get(wanted)
     if found is None:
         raise Rejected("missing", f"{tar.name} has no member {wanted!r}")
     if found.refused is not None:

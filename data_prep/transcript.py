@@ -6,7 +6,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from data_prep.failures import Rejected
@@ -102,7 +102,7 @@ class Transcript:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; times and scores rounded to what they are good for."""
-        return _rounded(asdict(self))
+        return _plain(self)
 
 
 def runs_of_words(words: Sequence[Word], max_pause_s: float) -> Iterator[list[Word]]:
@@ -188,9 +188,10 @@ def _objects(raw: object, schema: type, what: str) -> list[Any]:
     return [schema(**check_object(entry, schema, f"{what}, a {schema.__name__}")) for entry in raw]
 
 
-def _rounded(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Objects as their fields, floats rounded."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in vars(value).items()} if is_dataclass(value) else value

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from csm.config import PrepConfig
 from csm.listening.emotion import emotion_digest
-from data_prep.engine import ENCODE, Job, locked, read_done, run_units, units_of_slice
+from data_prep.engine import ENCODE, Job, locked
+from data_prep.executors import do_units, know_models
 from data_prep.failures import Failure, Rejected
 from data_prep.fetch import fetch, is_elsewhere
 from data_prep.fingerprint import Copies, fingerprint
@@ -33,19 +33,20 @@ from data_prep.merge import merge, print_summary
 from data_prep.planning import TRAIN, VALIDATION, Unit, plan_units, split_recordings
 from data_prep.shard import write_atomic
 from data_prep.stages import NAMES as LISTENING_STAGES
-from data_prep.stages import TRANSCRIBE, Listening
+from data_prep.stages import Listening
 from data_prep.tools import prepare_codec, prepare_tokenizer
 
 UNIT_STAGES = {"turns": (ENCODE,), "conversations": (*LISTENING_STAGES, ENCODE), "offline": (*LISTENING_STAGES, ENCODE)}
 STAGES = {name: ("manifest", *inner, "merge") for name, inner in UNIT_STAGES.items()}
 PLAN_VERSION = 2
 PLAN_NAME, UNITS_NAME, MANIFEST_FAILURES_NAME = "plan.json", "units.jsonl", "failures-manifest.jsonl"
-MODELS_NAME = "models.json"
 
 
-def prepare_turns(config: PrepConfig) -> int:
+def prepare_turns(config: PrepConfig, overrides: Sequence[str] = ()) -> int:
     """Run the stages asked for; all of them, or without the merge when this is one slice of several.
 
+    Args:
+        overrides: of the command line that `config` was made of: `executor=slurm` gives them to its slices.
     Returns:
         0, or 1 when a recording or turn was dropped for a fault of its own, or a unit is not done.
     Raises:
@@ -66,14 +67,10 @@ def prepare_turns(config: PrepConfig) -> int:
     found = _found(config)
     job, units = _planned(config, found, output)
     job.stages = tuple(stage for stage in UNIT_STAGES[config.name] if stage in stages)
-    if job.listening is not None:
-        if TRANSCRIBE in job.stages:
-            with locked(output / "prep" / "manifest.lock", what=f"the manifest of {output}", is_waiting=True):  # slices begin together
-                job.listening.remember_models(job.work / MODELS_NAME)
-        else:
-            job.listening.recall_models(job.work / MODELS_NAME)
     if job.stages:
-        status |= _unit_stages(config, job, units, console)
+        status |= do_units(config, job, units, overrides, console)
+    else:
+        know_models(job)
     if "merge" in stages:
         summary = merge(replace(job, stages=(ENCODE,)), units)
         print_summary(summary, output, console)
@@ -255,43 +252,6 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
         return plan if plan["settings"]["plan_version"] == PLAN_VERSION else None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a plan ({error!r}); delete it and run stages=[manifest] again") from error
-
-
-def _unit_stages(config: PrepConfig, job: Job, units: Sequence[Unit], console: Console) -> int:
-    """Do the stages asked for of this slice's units that are not done. Returns 1 when one could not be."""
-    mine = units_of_slice(units, config.slice_index, config.slice_count)
-    errors: dict[str, Exception] = {}
-    lock = job.work / f"slice-{config.slice_index}-of-{config.slice_count}.lock"
-    columns = (
-        TextColumn(" + ".join(job.stages)),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("units, {task.fields[done_h]:.2f} of {task.fields[total_h]:.2f} h"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with locked(lock, what=f"slice {config.slice_index} of {config.slice_count} of {job.output}"):
-        config_digest = job.config_digest()
-        todo = [unit for unit in mine if read_done(unit, job, config_digest) is None]
-        total_h = sum(unit.duration_s for unit in todo) / 3600
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=len(todo), done_h=0.0, total_h=total_h)
-
-            def on_done(unit: Unit, outcome: dict[str, Any] | Exception) -> None:
-                if isinstance(outcome, Exception):
-                    errors[unit.name] = outcome
-                done_h = progress.tasks[task].fields["done_h"] + unit.duration_s / 3600
-                progress.update(task, advance=1, done_h=done_h)
-                if not console.is_terminal:  # a log file has no moving bar
-                    state = "failed" if isinstance(outcome, Exception) else "done"
-                    console.print(f"unit {unit.name} {state}; {done_h:.2f} of {total_h:.2f} h", highlight=False)
-
-            run_units(todo, job, config.num_workers, on_done)
-    part = f"slice {config.slice_index} of {config.slice_count}: " if config.slice_count > 1 else ""
-    console.print(f"{part}{len(mine)} units, {len(mine) - len(todo)} were done, {len(errors)} failed", highlight=False)
-    for name, error in sorted(errors.items()):
-        console.print(f"unit {name}: {escape(f'{type(error).__name__}: {error}')}", style="red", highlight=False)
-    return int(bool(errors))
 
 
 def _json_lines(rows: Any) -> bytes:

@@ -70,3 +70,15 @@ def test_generate_compares_both_models_and_writes_its_table(tmp_path: Path) -> N
         "| demo | 1 | int8, compiled |",
     ):
         assert part in text
+
+
+@pytest.mark.slow
+def test_prep_simulation_accounts_for_every_recording_whatever_fails(tmp_path: Path) -> None:
+    """Broken recordings, workers that raise or are killed, a killed driver; the program compares what came out with what was made."""
+    output = tmp_path / "prep_simulation.md"
+    command = [sys.executable, "benchmarks/prep_simulation.py", "--quick", "--work", str(tmp_path / "work"), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    assert "| recordings, each accounted for exactly once | 300 |" in text
+    assert "| recordings at which a worker raised, was killed | 2, 1 |" in text

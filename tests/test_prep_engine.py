@@ -359,6 +359,58 @@ def test_mistake_is_told_before_any_work(prepare: Callable, words: str, settings
         prepare_turns(settings(output, **prepare(output)))
 
 
+@pytest.mark.parametrize(
+    ("executor", "words"),
+    [
+        ("ray", r"Ray is not installed here; run `pip install -e \"\.\[ray\]\"`"),
+        ("slurm", "there is no sbatch here; run it on a login node"),
+    ],
+)
+def test_executor_that_is_not_there_is_told(
+    executor: str, words: str, settings: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        prepare_turns(settings(tmp_path / "out", executor=executor))
+
+
+def test_worker_that_outlives_its_driver_is_waited_for_and_its_unit_not_done_again(settings: Callable, tmp_path: Path) -> None:
+    """Somebody holds a unit's lock and does it; who was given the same unit meanwhile takes it as it is."""
+    from data_prep.engine import locked
+
+    whole = tmp_path / "whole"
+    assert prepare_turns(settings(whole)) == 0
+    unit = "train-000000"
+    note = whole / f"prep/done/{unit}.json"
+    away = note.rename(tmp_path / "note.json")
+    before = (whole / "prep/units" / unit).stat()
+    second = threading.Thread(target=prepare_turns, args=(settings(whole),))
+    with locked(whole / f"prep/locks/{unit}.lock", what="the unit"):
+        second.start()
+        time.sleep(0.5)
+        assert second.is_alive()
+        away.rename(note)  # the first one's last act
+    second.join(60)
+    after = (whole / "prep/units" / unit).stat()
+    assert not second.is_alive() and (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_error_that_nobody_foresaw_names_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
+    from data_prep import stages
+    from data_prep.manifest import Recording
+
+    def fails(*_: object) -> dict:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(stages, "_transcribe", fails)
+    listening = stages.Listening(IngestConfig(), TranscribeConfig(), DiarizeConfig(), SegmentConfig(), FilterConfig(), {"whisper": "none"})
+    recordings = [Recording("0" * 16, "calls/a.wav", 1, 1.0)]
+    with pytest.raises(RuntimeError, match="calls/a.wav: RuntimeError: no kernel image"):
+        stages.run_stages(listening, stages.NAMES, stages.FILTER, tmp_path, "train-000000", "", lambda: iter(recordings), tmp_path)
+
+
 def test_a_slice_that_is_being_done_is_refused(settings: Callable, tmp_path: Path) -> None:
     from data_prep.engine import locked
 
@@ -389,9 +441,15 @@ def test_command_line_answers_help_and_mistakes(monkeypatch: pytest.MonkeyPatch,
         ("encode.max_turn_s=0.1", "encode.min_turn_s=0.16: expected", 2),
         ("stages=[transcribe]", "prep=turns has no stage 'transcribe'; there are: manifest, encode, merge", 2),
         ("input=nowhere", "input=nowhere: nothing there", 2),
+        ("executor=dask", "executor='dask': expected one of local, ray, slurm", 2),
+        ("executor=ray slice_count=2", "slice_count=2: expected 1: executor=ray shares all units itself", 2),
+        ("ray.workers=2", "expected nothing, or executor=ray: executor=local does not read it", 2),
+        ("executor=slurm slurm.options=[partition]", "slurm.options=['partition']: expected options of sbatch", 2),
     ]:
-        status, out, err = run("prep=turns", override)
+        status, out, err = run("prep=turns", *override.split())
         assert status == expected and not out and words in err and len(err.splitlines()) == 1, err
+    status, _, err = run("prep=demo", "executor=ray")
+    assert status == 2 and "prep=demo has no units to share" in err
     status, _, err = run("prep=demo", "input=somewhere")
     assert status == 2 and "add prep=offline" in err
 

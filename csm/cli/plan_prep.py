@@ -62,8 +62,8 @@ def make_prep_plan(config: PrepPlanConfig) -> PrepPlan:
     num_units = max(1, math.ceil(config.hours * 60 / max(config.unit_min, config.recording_min)))
     unit_bytes = (sum(storage_mb.values()) - storage_mb["between stages"]) * _MB / num_units
     num_shards = num_units * max(1, math.ceil(unit_bytes / _SHARD_BYTES))
-    # A unit: a file a stage, a note, an index, and a tar with its table, both linked into the split.
-    num_files = 5 * num_units + 4 * num_shards
+    # A unit: a file a stage, a note, a lock, an index, and a tar with its table, both linked into the split.
+    num_files = 6 * num_units + 4 * num_shards
     return PrepPlan(core_hours, gpu_hours, wall_hours, storage_mb, num_recordings, num_units, num_shards, num_files)
 
 
