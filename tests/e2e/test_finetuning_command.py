@@ -1,4 +1,4 @@
-"""The real command, from recordings to a run: an adapter learns sounds that the base never heard."""
+"""The real command, from recordings to a run: an adapter learns sounds that the base never heard, in a voice of its own number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_command_learns_recordings_and_says_where_everything_is(speaking_che
         soundfile.write(recordings / f"{index:02d}.wav", tone, 24_000)
         (recordings / f"{index:02d}.txt").write_text(("one two", "three four")[index % 2] + "\n", encoding="utf-8")
     run_dir = tmp_path / "run"
-    command = [sys.executable, "finetune.py", f"base={speaking_checkpoint}", f"data={recordings}", f"run_dir={run_dir}", "speaker=1"]
+    command = [sys.executable, "finetune.py", f"base={speaking_checkpoint}", f"data={recordings}", f"run_dir={run_dir}"]
     command += [
         "val_share=0.2",
         "data.seq_len=64",
@@ -39,5 +39,11 @@ def test_the_command_learns_recordings_and_says_where_everything_is(speaking_che
     summary = json.loads((run_dir / "finetune.json").read_text(encoding="utf-8"))
     before, after = summary["nats"]["new"]["base"], summary["nats"]["new"]["result"]
     assert after["c0"] < 0.9 * before["c0"] and after["depth"] < before["depth"]
-    assert f"csm generate --checkpoint {run_dir} --speaker 1" in done.stdout
-    assert (Path(summary["best"]) / "adapter" / "adapter_config.json").is_file()
+    assert f"csm generate --checkpoint {run_dir} --speaker 4" in done.stdout
+    check = [sys.executable, "benchmarks/adapter_check.py", str(run_dir)]
+    done = subprocess.run(check, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["adapter_parameters"] == summary["adapter_parameters"] and found["num_logits"] > 1000
+    for other in ("merged_vs_unmerged", "checkpoint_vs_unmerged", "peft_vs_unmerged_c0"):
+        assert found[other] < 1e-5 * max(1.0, found["largest_logit"]), found
