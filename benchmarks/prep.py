@@ -1,6 +1,6 @@
 """How fast data preparation is: each stage times real time, turns encoded together beside one by one, and what is not models.
 
-    python benchmarks/prep.py                    # 8 minutes; writes results/prep.md
+    python benchmarks/prep.py                    # 5 minutes; writes results/prep.md
     python benchmarks/prep.py --part encode      # one of: encode, one, two
     python benchmarks/prep.py --quick            # a small Mimi, seconds of speech: whether it runs
 
@@ -49,7 +49,7 @@ from data_prep.script import VOICES  # noqa: E402
 from data_prep.synthesis import Synthesizer, random_for  # noqa: E402
 
 PARTS = ("encode", "one", "two")
-RECORDINGS = ("a.flac", "b.mp3", "c.flac", "d.mp3")
+RECORDINGS = ("a.flac", "b.mp3")
 STAGES = ("manifest", "transcribe", "segment", "filter", "encode", "merge")
 SMALL_MIMI = dict(
     hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
@@ -72,9 +72,9 @@ def measure_encode(is_quick: bool) -> dict[str, Any]:
     model = mimi(is_quick)
     codec = MimiCodec(model)
     random = np.random.default_rng(0)
-    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 24), 0.3, 20).tolist()}
-    for length_s in (0.48, 1.0, 2.0, 4.0, 8.0):
-        lengths[f"all of {length_s:g} s"] = [length_s] * (2 if is_quick else max(2, int(10 / length_s)))
+    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 20), 0.3, 20).tolist()}
+    for length_s in (0.48, 2.0, 8.0):
+        lengths[f"all of {length_s:g} s"] = [length_s] * (2 if is_quick else max(2, int(8 / length_s)))
     found = {}
     for name, durations_s in lengths.items():
         clips = [torch.from_numpy(random.standard_normal(int(s * 12.5 + 1) * 1920).astype(np.float32) * 0.1) for s in durations_s]
@@ -103,10 +103,10 @@ def make_recordings(folder: Path, is_quick: bool) -> None:
     """Conversations of two voices that take turns, 0.2 to 1 s apart, at 44.1 kHz."""
     folder.mkdir()
     voices, lines = Synthesizer(), list(LINES)
-    for number, name in enumerate(RECORDINGS[:2] if is_quick else RECORDINGS):
+    for number, name in enumerate(RECORDINGS):
         random = random_for(0, "benchmark", name)
         parts = []
-        for turn in range(2 if is_quick else 24):
+        for turn in range(2 if is_quick else 28):
             said = voices.speak(str(random.choice(lines)), VOICES[(number + turn % 2) % 4], random).astype(np.float32) / 32_768
             parts += [said, np.zeros(int(random.uniform(0.2, 1.0) * SAMPLE_RATE_HZ), np.float32)]
         audio = soxr.resample(np.concatenate(parts), SAMPLE_RATE_HZ, 44_100)

@@ -624,6 +624,7 @@ class EncodeConfig:
     keep_audio: bool = False  # store each sample's audio as FLAC beside its codes
     # folder or hub id of a transformers audio classifier whose label each turn gets as its emotion; null gives none
     emotion: str | None = None
+    codec_backend: str = "transformers"  # what runs Mimi; "moshi" in the preparation environment, where transformers is too old for it
     device: str = "cpu"  # of the codec and of that classifier
 
     def __post_init__(self) -> None:
@@ -632,6 +633,7 @@ class EncodeConfig:
         _require(self.max_gap_s > 0, "encode.max_gap_s", self.max_gap_s, "a positive number")
         _require(1 <= self.num_phases <= 8, "encode.num_phases", self.num_phases, "1 to 8")
         _require(self.first_speaker >= 0, "encode.first_speaker", self.first_speaker, "0 or more")
+        _one_of("encode.codec_backend", self.codec_backend, ("transformers", "moshi"))
 
 
 @dataclass
@@ -735,6 +737,8 @@ class PrepConfig:
         )
         _require(self.unit_min > 0, "unit_min", self.unit_min, "a positive number")
         _require(0 <= self.val_share < 1, "val_share", self.val_share, "a share in [0, 1)")
+        is_mimi = self.codec.name == "mimi" or self.encode.codec_backend == "transformers"
+        _require(is_mimi, "encode.codec_backend", self.encode.codec_backend, "transformers, for codec.name is not mimi")
         needs_words = self.name in ("conversations", "offline") and self.text.tokenizer == "words" and self.text.source is None
         unknown = "a folder with tokenizer.json: which words are said is not known yet (or text=bytes)"
         _require(not needs_words, "text.source", self.text.source, unknown)

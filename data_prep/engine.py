@@ -107,7 +107,7 @@ def _run_unit(unit: Unit, job: Job) -> dict[str, Any]:
     done.unlink(missing_ok=True)
     for parent in (folder.parent, done.parent):
         parent.mkdir(parents=True, exist_ok=True)
-    codec = _codec(str(job.output / "codec"), job.codec_digest, job.encode.device)
+    codec = _codec(str(job.output / "codec"), job.codec_digest, job.encode.device, job.encode.codec_backend)
     tokenizer = tokenizer_from_folder(job.output)
     failures: list[Failure] = failures_of(rows) if rows is not None else []
     keys: list[str] = []
@@ -256,9 +256,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _codec(folder: str, digest: str, device: str) -> Codec:
+def _codec(folder: str, digest: str, device: str, backend: str) -> Codec:
     """The codec that units are encoded with, loaded once a process; the digest is checked."""
-    codec = codec_from_folder(Path(folder), device)
+    codec = codec_from_folder(Path(folder), device, backend)
     if codec.digest != digest:
         raise ValueError(f"{folder} holds another codec than the one this preparation began with; run stages=[manifest] again")
     return codec

@@ -33,7 +33,8 @@ def prepare_codec(config: PrepConfig, recordings: Sequence[Recording], root: Pat
         FileNotFoundError: if there is no codec at `codec.source`.
     """
     folder = output / "codec"
-    kept = codec_from_folder(folder) if (folder / _CODEC_NAME).is_file() else None
+    backend = config.encode.codec_backend
+    kept = codec_from_folder(folder, backend=backend) if (folder / _CODEC_NAME).is_file() else None
     settings = config.codec
     if settings.name == "spectral" and settings.source is None:
         codec: Codec = kept if kept is not None else _fit(config, recordings, root, console)
@@ -46,7 +47,7 @@ def prepare_codec(config: PrepConfig, recordings: Sequence[Recording], root: Pat
         source = settings.source
         if settings.name == "spectral" and source is not None:
             source = str(_folder_with(_CODEC_NAME, Path(source), "codec"))
-        codec = load_codec(settings.name, source, num_codebooks=settings.num_codebooks)
+        codec = load_codec(settings.name, source, num_codebooks=settings.num_codebooks, backend=backend)
         if kept is not None and kept.digest != codec.digest:
             raise ValueError(
                 f"{folder} holds codec {kept.name} {kept.digest[:12]}, this asks for {codec.name} {codec.digest[:12]}; "

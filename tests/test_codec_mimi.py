@@ -9,7 +9,7 @@ import torch
 from transformers import MimiConfig, MimiModel
 
 from csm.codec import codec_from_folder, load_codec
-from csm.codec.mimi import MimiCodec, _batches_by_length
+from csm.codec.mimi import MimiCodec, batches_by_length
 
 SLIDING_WINDOW = 10  # positions of attention, 5 frames: short, so that clips here reach past it
 
@@ -71,9 +71,11 @@ def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
 
 def test_batches_hold_like_lengths_within_the_cap():
     lengths = [10, 700, 30, 740, 5, 900]
-    batches = _batches_by_length(lengths)
+    batches = batches_by_length(lengths)
     assert sorted(sum(batches, [])) == list(range(len(lengths)))
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 750 for batch in batches)
+    assert all(2 * min(lengths[i] for i in batch) > max(lengths[i] for i in batch) for batch in batches)
+    assert batches_by_length([9, 7, 8]) == [[0, 2, 1]]
 
 
 def test_streamed_decode_equals_transformers_decode(codec):

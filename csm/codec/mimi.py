@@ -29,7 +29,7 @@ CSM_NUM_CODEBOOKS = 32
 MAX_BATCH_FRAMES = 750  # 60 s in one forward pass on a GPU: memory grows with length (9.9 GB at 300 s, measured)
 MAX_PACKED_FRAMES = 250  # 20 s at once on a CPU: more gains nothing, and attention over a pack grows with its square
 HUB_TIMEOUT_S = 5
-_SETTINGS = (  # of MimiConfig, with the tensors, what codes depend on
+SETTINGS = (  # of MimiConfig, with the tensors, what codes depend on
     "sampling_rate", "frame_rate", "upsampling_ratios", "kernel_size", "residual_kernel_size", "dilation_growth_rate",
     "pad_mode", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "norm_eps", "sliding_window",
     "rope_parameters", "num_semantic_quantizers",
@@ -55,7 +55,7 @@ class MimiCodec(Codec):
         if not hasattr(config, "rope_parameters"):
             raise ValueError(
                 "Mimi needs transformers 5: before it, attention had no window, which gives other codes from 10 s on; in the preparation "
-                "environment leave stages=[encode,merge] to .venv"
+                "environment encode by moshi (encode.codec_backend=moshi), or leave stages=[encode,merge] to .venv"
             )
         if config.sampling_rate != self.sample_rate_hz or config.frame_rate != self.frame_rate_hz or config.audio_channels != 1:
             raise ValueError(
@@ -74,7 +74,7 @@ class MimiCodec(Codec):
         self.vocab_size = config.codebook_size
         self.source = source
         self._packed_encoder: PackedEncoder | None = None  # made when something is encoded on a CPU
-        settings = {name: getattr(config, name) for name in _SETTINGS}
+        settings = {name: getattr(config, name) for name in SETTINGS}
         self.digest = codec_digest(self.model.state_dict(), {**settings, "num_codebooks": self.num_codebooks})
 
     @classmethod
@@ -86,12 +86,7 @@ class MimiCodec(Codec):
         Raises:
             FileNotFoundError: if there is no such folder, or the hub cannot be reached and its cache has no such model.
         """
-        if Path(source).is_dir():
-            folder, source = Path(source), str(Path(source).resolve())
-        else:
-            folder, source = _folder_from_hub(str(source)), str(source)
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise FileNotFoundError(f"{folder}: expected Mimi's config.json and model.safetensors; {_how_to_get(DEFAULT_SOURCE)}")
+        folder, source = folder_of(source)
         model = MimiModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
         return cls(model, num_codebooks, source).to(device)
 
@@ -173,7 +168,7 @@ class MimiCodec(Codec):
     def _encode_padded(self, clips: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """By transformers' own modules, where kernels for a batch are at home. Causal: zeros on the right change no frame before them."""
         results: dict[int, Tensor] = {}
-        for batch in _batches_by_length(lengths):
+        for batch in batches_by_length(lengths):
             num_samples = num_samples_from_frames(max(lengths[index] for index in batch))
             padded = torch.stack([F.pad(clips[index], (0, num_samples - clips[index].shape[0])) for index in batch])
             codes = self.model.encode(padded[:, None], num_quantizers=self.num_codebooks).audio_codes  # [b, K, F]
@@ -284,15 +279,31 @@ class MimiDecodeStream(DecodeStream):
         return ready if conv.bias is None else ready + conv.bias[:, None]
 
 
-def _batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indexes of clips in batches of like length, each at most MAX_BATCH_FRAMES when padded (or one clip)."""
+def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indexes of clips in batches of at most MAX_BATCH_FRAMES when padded (or one clip), none less than half as long as the longest."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= MAX_BATCH_FRAMES:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and 2 * lengths[index] > longest and longest * (len(batches[-1]) + 1) <= MAX_BATCH_FRAMES:
             batches[-1].append(index)
         else:
             batches.append([index])
     return batches
+
+
+def folder_of(source: str | Path) -> tuple[Path, str]:
+    """(the folder that Mimi's files lie in, its name for codec.json), of a folder or a hub id.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    if Path(source).is_dir():
+        folder, source = Path(source), str(Path(source).resolve())
+    else:
+        folder, source = _folder_from_hub(str(source)), str(source)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder}: expected Mimi's config.json and model.safetensors; {_how_to_get(DEFAULT_SOURCE)}")
+    return folder, source
 
 
 def _folder_from_hub(repository: str) -> Path:

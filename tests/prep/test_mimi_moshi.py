@@ -5,42 +5,21 @@ Ours agrees with transformers' in the core environment (tests/test_codec_mimi.py
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+
+from csm.codec.moshi_mimi import MoshiMimiCodec, names_of_transformers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.prep
 
 NUM_CODEBOOKS = 32
 NUM_FRAMES = 25  # 2 s: below 10 s transformers 4 and moshi attend to the same positions
-
-
-def names_of_transformers(key: str) -> list[str]:
-    """Where transformers keeps a tensor of moshi's; three places for the joined projections of attention."""
-    key = key.replace("encoder.model.", "encoder.layers.").replace("decoder.model.", "decoder.layers.")
-    for theirs, ours in (
-        (".conv.conv.conv.", ".conv."),
-        (".convtr.convtr.convtr.", ".conv."),
-        (".conv.conv.", ".conv."),
-        (".convtr.convtr.", ".conv."),
-        ("_transformer.transformer.layers", "_transformer.layers"),
-        ("self_attn.out_projs.0.", "self_attn.o_proj."),
-        (".linear1.", ".mlp.fc1."),
-        (".linear2.", ".mlp.fc2."),
-        (".norm1.", ".input_layernorm."),
-        (".norm2.", ".post_attention_layernorm."),
-        ("layer_scale_1.", "self_attn_layer_scale."),
-        ("layer_scale_2.", "mlp_layer_scale."),
-        ("quantizer.rvq_first.", "quantizer.semantic_residual_vector_quantizer."),
-        ("quantizer.rvq_rest.", "quantizer.acoustic_residual_vector_quantizer."),
-        (".vq.layers.", ".layers."),
-        ("._codebook._initialized", ".codebook.initialized"),
-        ("._codebook.embedding_sum", ".codebook.embed_sum"),
-        ("._codebook.", ".codebook."),
-    ):
-        key = key.replace(theirs, ours)
-    if "in_projs.0." in key:
-        return [key.replace("in_projs.0.", f"{name}_proj.") for name in "qkv"]
-    return [key]
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +99,66 @@ def test_ours_refuses_the_transformers_that_gives_other_codes(pair):
 
     with pytest.raises(ValueError, match="transformers 5.*stages=\\[encode,merge\\]"):
         MimiCodec(pair[1])
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory) -> Path:
+    """transformers' files of the pair's weights."""
+    folder = tmp_path_factory.mktemp("mimi")
+    pair[1].save_pretrained(folder)
+    return folder
+
+
+def clips() -> list[torch.Tensor]:
+    """Below and beyond ten seconds, where attention's window begins to matter."""
+    generator = torch.Generator().manual_seed(3)
+    return [0.1 * torch.randn(length, generator=generator) for length in (30_000, 1_920, 11 * 24_000, 5)]
+
+
+def test_the_codec_by_moshi_gives_moshis_codes_alone_and_in_batches(pair, folder):
+    codec = MoshiMimiCodec.load(folder)
+    together = codec.encode(clips())
+    assert [codes.shape for codes in together] == [(32, 16), (32, 1), (32, 138), (32, 1)]
+    for clip, codes in zip(clips(), together, strict=True):
+        padded = torch.nn.functional.pad(clip, (0, -len(clip) % 1920))
+        with torch.inference_mode():
+            assert (pair[0].encode(padded[None, None])[0] == codes).float().mean() > 0.99
+    codes = together[0]
+    stream = codec.stream()
+    parts = [stream.push(codes[:, :5]), stream.push(codes[:, 5:]), stream.finish()]
+    assert torch.equal(torch.cat(parts), codec.decode(codes))
+    few = MoshiMimiCodec.load(folder, num_codebooks=8)
+    assert few.digest != codec.digest and torch.equal(few.encode(clips()[:1])[0], codes[:8])
+
+
+def test_both_environments_agree_on_digest_and_codes(folder, tmp_path):
+    """The core environment's transformers, in a process of its own, on the same files: a data folder may be made by either."""
+    core = ROOT / ".venv" / "bin" / "python"
+    if not core.exists():
+        pytest.skip("no core environment beside this one (make env)")
+    script = (
+        "import json, sys, torch\n"
+        "from csm.codec import load_codec\n"
+        "generator = torch.Generator().manual_seed(3)\n"
+        "clips = [0.1 * torch.randn(length, generator=generator) for length in (30_000, 1_920, 11 * 24_000, 5)]\n"
+        "codec = load_codec('mimi', sys.argv[1])\n"
+        "print(json.dumps([codec.digest, [codes.tolist() for codes in codec.encode(clips)]]))\n"
+    )
+    done = subprocess.run([core, "-c", script, str(folder)], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    digest, expected = json.loads(done.stdout.splitlines()[-1])
+    codec = MoshiMimiCodec.load(folder)
+    assert codec.digest == digest
+    for theirs, ours in zip(expected, codec.encode(clips()), strict=True):
+        assert (torch.tensor(theirs) == ours).float().mean() > 0.99
+
+
+def test_another_shape_and_missing_tensors_are_refused(folder, tmp_path):
+    from transformers import MimiConfig, MimiModel
+
+    small = dict(hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
+    MimiModel(MimiConfig(**small)).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="no tensor|moshi's Mimi has"):
+        MoshiMimiCodec.load(tmp_path / "small")
+    with pytest.raises(ValueError, match="2 to 32 codebooks"):
+        MoshiMimiCodec.load(folder, num_codebooks=64)
