@@ -72,7 +72,7 @@ def measure_encode(is_quick: bool) -> dict[str, Any]:
     model = mimi(is_quick)
     codec = MimiCodec(model)
     random = np.random.default_rng(0)
-    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 20), 0.3, 20).tolist()}
+    lengths = {TURNS: np.clip(random.lognormal(np.log(2.0), 0.9, 6 if is_quick else 16), 0.3, 20).tolist()}
     for length_s in (0.48, 2.0, 8.0):
         lengths[f"all of {length_s:g} s"] = [length_s] * (2 if is_quick else max(2, int(8 / length_s)))
     found = {}

@@ -19,7 +19,7 @@ from csm.config import DatasetConfig
 from csm.data.storage import file_system, is_url, retried
 from data_prep.decode import SUFFIXES
 from data_prep.failures import Failure, Rejected
-from data_prep.hf_dataset import PREFIX, write_tars
+from data_prep.hf_dataset import is_dataset, write_tars
 from data_prep.inputs import MANIFEST_NAME, METADATA_NAME
 from data_prep.shard import write_atomic
 from data_prep.tars import SUFFIX
@@ -31,7 +31,7 @@ _URLS = "urls"  # folder of what a manifest names by URLs
 
 def is_elsewhere(place: str) -> bool:
     """Whether `input=` is a URL, a Hugging Face data set, or a local manifest that names URLs."""
-    return place.startswith(PREFIX) or is_url(place) or _manifest_with_urls(place) is not None
+    return is_dataset(place) or is_url(place) or _manifest_with_urls(place) is not None
 
 
 def fetch(place: str, folder: Path, config: DatasetConfig) -> list[Failure]:
@@ -49,7 +49,7 @@ def fetch(place: str, folder: Path, config: DatasetConfig) -> list[Failure]:
         shutil.rmtree(folder, ignore_errors=True)
         told = {}
     folder.mkdir(parents=True, exist_ok=True)
-    if place.startswith(PREFIX):
+    if is_dataset(place):
         files, failures = write_tars(place, folder, config, told.get("files", {}))
     elif is_url(place):
         files, failures = _fetch_url(place, folder, told.get("files", {}))
@@ -170,7 +170,7 @@ def _fetch_one(
 
 
 def _manifest_with_urls(place: str) -> Path | None:
-    if place.startswith(PREFIX) or is_url(place):
+    if is_dataset(place) or is_url(place):
         return None
     path = Path(place)
     path = path / MANIFEST_NAME if path.is_dir() else path

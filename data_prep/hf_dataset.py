@@ -27,6 +27,11 @@ _ROWS_AT_ONCE = 64
 _MAGIC = ((b"RIFF", ".wav"), (b"fLaC", ".flac"), (b"OggS", ".ogg"), (b"ID3", ".mp3"), (b"\xff\xfb", ".mp3"), (b"\xff\xf3", ".mp3"))
 
 
+def is_dataset(place: str) -> bool:
+    """Whether `input=` names a data set; `hf://` is a URL of fsspec's."""
+    return place.startswith(PREFIX) and not place.startswith(f"{PREFIX}//")
+
+
 def write_tars(place: str, folder: Path, config: DatasetConfig, known: dict[str, Any]) -> tuple[dict[str, Any], list[Failure]]:
     """Write `<split>-00000.tar`, ... of a data set into a folder, unless they are there of the same data and columns.
 

@@ -146,6 +146,22 @@ def test_recordings_are_prepared_with_the_bases_tools_for_the_asked_speaker(conf
 
 
 @pytest.mark.slow
+def test_a_hugging_face_data_set_is_prepared_as_recordings_are(config: FinetuneConfig, recordings: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = sorted(recordings.glob("**/*.wav"))
+    columns = {
+        "audio": [{"bytes": path.read_bytes(), "path": path.name} for path in files],
+        "text": [path.with_suffix(".txt").read_text() for path in files],
+    }
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(audio=datasets.Audio(), text=datasets.Value("string")))
+    rows.save_to_disk(tmp_path / "set")
+    data = replace(config.data, path=f"hf:{tmp_path / 'set'}")
+    run_dir = finetune(replace(config, data=data, speaker=1, val_share=0.3))
+    found = [sample for split in ("train", "validation") for sample in iter_samples(run_dir / "data" / split)]
+    assert len(found) == len(files) and {turn.text for sample in found for turn in sample.turns} == {text.strip() for text in columns["text"]}
+
+
+@pytest.mark.slow
 def test_recordings_without_texts_are_transcribed_into_words_the_base_knows(config: FinetuneConfig, tmp_path: Path) -> None:
     folder, synthesizer = tmp_path / "spoken", Synthesizer()
     folder.mkdir()

@@ -14,6 +14,7 @@ import soundfile
 from csm.config import DatasetConfig, PrepConfig
 from data_prep.failures import Failure
 from data_prep.fetch import fetch, is_elsewhere
+from data_prep.hf_dataset import is_dataset
 from data_prep.inputs import Candidate, Input, probe
 from data_prep.manifest import Recording
 from data_prep.turns import prepare_turns
@@ -90,6 +91,12 @@ def test_a_manifest_behind_a_url_brings_what_it_names(store, tmp_path: Path) -> 
     store.pipe_file("/far/list.jsonl", json.dumps({"audio": "calls/a.wav", "text": "one"}).encode())
     assert fetch("memory://far/list.jsonl", tmp_path / "input", DatasetConfig()) == []
     assert [(r.source, r.turns[0].text) for r in recordings_in(tmp_path / "input")] == [("calls/a.wav", "one")]
+
+
+def test_what_is_elsewhere_is_told_by_its_name(tmp_path: Path) -> None:
+    assert is_dataset("hf:some/set") and is_dataset("hf:folder") and not is_dataset("hf://datasets/some/set/audio")
+    assert is_elsewhere("hf://datasets/some/set/audio") and is_elsewhere("s3://bucket/talks")
+    assert not is_elsewhere(str(tmp_path)) and not is_elsewhere("recordings")
 
 
 @pytest.mark.parametrize("url", ["memory://nothing", "nosuchprotocol://x/y"])

@@ -137,11 +137,17 @@ def _learnt(config: FinetuneConfig, shards: Any) -> DataConfig:
 
 
 def _is_recordings(place: Any) -> bool:
-    """Whether it has to be prepared: a folder without shards, or a table. Globs and URLs are of shards."""
+    """Whether it has to be prepared: a folder without shards, a table, or a Hugging Face data set. Globs and URLs are of shards."""
+    if _is_dataset(place):
+        return True
     if not isinstance(place, str) or "://" in place or any(letter in place for letter in "*?["):
         return False
     path = Path(place)
     return path.is_file() or (path.is_dir() and not any(path.glob("*/index.json")) and not (path / "index.json").is_file())
+
+
+def _is_dataset(place: Any) -> bool:
+    return isinstance(place, str) and place.startswith("hf:") and not place.startswith("hf://")
 
 
 def _shards_of(config: FinetuneConfig, run_dir: Path) -> Any:
@@ -157,7 +163,8 @@ def _prepared(config: FinetuneConfig, base: Base, run_dir: Path) -> Any:
     from csm.training.slurm import num_tasks
 
     place = config.data.path
-    if isinstance(place, str) and "://" not in place and not any(letter in place for letter in "*?[") and not Path(place).exists():
+    is_path = isinstance(place, str) and "://" not in place and not _is_dataset(place) and not any(letter in place for letter in "*?[")
+    if is_path and not Path(place).exists():
         raise FileNotFoundError(f"data={place}: no such file or folder; give a folder of recordings with texts, a table of them, or shards")
     if not _is_recordings(place):
         if config.speaker is not None or not config.renumber_speakers:
@@ -204,7 +211,7 @@ def _prep_command(config: FinetuneConfig, base: Base, output: Path) -> list[str]
 
     codec = "mimi" if base.codec_folder is None else base.codec_name
     kind = base.tokenizer.kind
-    has_texts = _has_texts(Path(config.data.path))
+    has_texts = _is_dataset(config.data.path) or _has_texts(Path(config.data.path))
     command = ["-m", "data_prep", f"prep={'turns' if has_texts else 'offline'}", f"input={config.data.path}", f"output={output}"]
     command.append(f"seed={config.seed}")
     if not has_texts:
