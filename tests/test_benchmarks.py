@@ -82,3 +82,15 @@ def test_prep_simulation_accounts_for_every_recording_whatever_fails(tmp_path: P
     text = output.read_text(encoding="utf-8")
     assert "| recordings, each accounted for exactly once | 300 |" in text
     assert "| recordings at which a worker raised, was killed | 2, 1 |" in text
+
+
+@pytest.mark.slow
+def test_prep_measures_stages_and_the_codec_and_writes_its_table(tmp_path: Path) -> None:
+    pytest.importorskip("hibari")
+    output = tmp_path / "prep.md"
+    command = [sys.executable, "benchmarks/prep.py", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    text = output.read_text(encoding="utf-8")
+    for part in ("- command: `python benchmarks/prep.py --quick", "| transcribe |", "not models**", "| all of 2 s |"):
+        assert part in text

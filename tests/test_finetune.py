@@ -158,7 +158,8 @@ def test_a_hugging_face_data_set_is_prepared_as_recordings_are(config: FinetuneC
     data = replace(config.data, path=f"hf:{tmp_path / 'set'}")
     run_dir = finetune(replace(config, data=data, speaker=1, val_share=0.3))
     found = [sample for split in ("train", "validation") for sample in iter_samples(run_dir / "data" / split)]
-    assert len(found) == len(files) and {turn.text for sample in found for turn in sample.turns} == {text.strip() for text in columns["text"]}
+    assert len(found) == len(files)
+    assert {turn.text for sample in found for turn in sample.turns} == {text.strip() for text in columns["text"]}
 
 
 @pytest.mark.slow
