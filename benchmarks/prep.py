@@ -44,7 +44,7 @@ from prep_truth import LINES  # noqa: E402
 from csm.codec.mimi import MimiCodec  # noqa: E402
 from csm.config import CodecConfig, FilterConfig, PrepConfig  # noqa: E402
 from csm.frames import SAMPLE_RATE_HZ  # noqa: E402
-from data_prep import diarize, engine, ingest, quality, stages, transcribe, turns  # noqa: E402
+from data_prep import diarize, engine, ingest, stages, transcribe, turns  # noqa: E402
 from data_prep.script import VOICES  # noqa: E402
 from data_prep.synthesis import Synthesizer, random_for  # noqa: E402
 
@@ -145,7 +145,7 @@ def run_slice(folder: Path, index: int, count: int, barrier: Any, results: Any, 
     clock.watch(stages, "local_activity", "models")
     clock.watch(transcribe.Transcriber, "transcribe", "models")
     clock.watch(diarize.Diarizer, "diarize", "models")
-    clock.watch(quality, "dnsmos", "models")
+    clock.watch(stages, "dnsmos", "models")
     clock.watch(MimiCodec, "encode", "models")
     for owner in (stages, engine):
         clock.watch(owner, "ingest", "decode")
