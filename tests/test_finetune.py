@@ -153,8 +153,7 @@ def test_a_hugging_face_data_set_is_prepared_as_recordings_are(config: FinetuneC
         "audio": [{"bytes": path.read_bytes(), "path": path.name} for path in files],
         "text": [path.with_suffix(".txt").read_text() for path in files],
     }
-    rows = datasets.Dataset.from_dict(columns, datasets.Features(audio=datasets.Audio(), text=datasets.Value("string")))
-    rows.save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio()).save_to_disk(tmp_path / "set")
     data = replace(config.data, path=f"hf:{tmp_path / 'set'}")
     run_dir = finetune(replace(config, data=data, speaker=1, val_share=0.3))
     found = [sample for split in ("train", "validation") for sample in iter_samples(run_dir / "data" / split)]
