@@ -550,17 +550,17 @@ class DiarizeConfig:
     channels: str = "auto"  # of two-channel files: "speakers" are kept apart, "mix" averages them; "auto" looks whether they differ
     num_speakers: int = 0  # of every recording; 0 finds out
     max_speakers: int = 0  # 0 is no limit
-    onset: float = 0.5  # probability above which a local speaker is active
-    threshold: float = 0.25  # cosine distance up to which two voices are one, by average linkage; 0.3 halves the speakers, 0.2 doubles them
-    short_threshold: float = 0.37  # the same where fewer than min_clear_share of the pieces are clear: short ones lie farther apart
+    onset: float = 0.4  # probability above which a local speaker is active
+    threshold: float = 0.33  # cosine distance up to which two voices are one, by average linkage; 0.28 splits speakers, 0.4 joins women
+    short_threshold: float = 0.4  # the same where fewer than min_clear_share of the pieces are clear: short ones lie farther apart
     min_clear_share: float = 0.15
     link_threshold: float = 0.2  # the same for whole speakers of two parts of a long recording: means of many pieces vary less
     min_windows: int = 4  # a speaker of fewer pieces, and of less than a tenth of them, is given to the nearest other
     clear_s: float = 1.6  # of a piece that nobody else speaks in, from which its voice helps to tell how many there are
     min_alone_s: float = 0.4  # speech alone from which overlapped speech is left out of a voice
     min_heard_s: float = 0.2  # less than this has no voice
-    split_pause_s: float = 0.35  # a pause after which a voice is looked at anew: another speaker may have begun
-    fill_gap_s: float = 0.1  # shorter pauses are part of what is around them
+    split_pause_s: float = 0.1  # a pause after which a voice is looked at anew: another speaker may have begun
+    fill_gap_s: float = 0.5  # shorter pauses of one speaker are part of what is around them
 
     def __post_init__(self) -> None:
         _one_of("diarize.pipeline", self.pipeline, ("ours", "pyannote"))

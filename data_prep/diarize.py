@@ -8,7 +8,7 @@ are kept. The scheme is pyannote's (Bredin 2023, "pyannote.audio 2.1 speaker dia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,18 +16,19 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from csm.config import DiarizeConfig
-from csm.listening.speaker import SpeakerEncoder, unit
+from csm.listening.campplus import CampplusEncoder
+from csm.listening.speaker import unit
 from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
 from data_prep.transcript import NO_SPEAKER, Span, SpeakerSpan, Transcript
 
 _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
-_EMBED_BATCH = 64
+_SAME_EDGE_S = 0.1  # pieces of two windows that begin and end as near as this are one sound, and are heard once
 
 
 @lru_cache(maxsize=1)
-def load_encoder() -> SpeakerEncoder:
+def load_encoder() -> CampplusEncoder:
     """The speaker encoder, loaded once a process."""
-    return SpeakerEncoder()
+    return CampplusEncoder()
 
 
 def load_diarizer(config: DiarizeConfig, device: str = "cpu") -> Diarizer:
@@ -53,7 +54,7 @@ class Diarizer:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest: what a result depends on besides the configuration."""
-        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 1}
+        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 2}
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.
@@ -83,19 +84,10 @@ class Diarizer:
     def _pieces(self, audio: np.ndarray, starts: np.ndarray, is_active: np.ndarray) -> list[_Piece]:
         """What each local speaker says in one go, with the voice it is said in; pieces too short to have a voice are left out."""
         hop = round(FRAME_S * RATE_HZ)
+        step = round(_SAME_EDGE_S / FRAME_S)
         is_alone = is_active & (is_active.sum(axis=2, keepdims=True) == 1)
-        kept: list[_Piece] = []
-        pieces: list[_Piece] = []  # of the batch to come, and their clips: windows overlap five times, so all clips would be hours
-        clips: list[np.ndarray] = []
-
-        def hear() -> None:
-            for piece, vector in zip(pieces, self.encoder.embed_all(clips), strict=True):
-                if vector is not None:
-                    piece.voice = vector
-                    kept.append(piece)
-            pieces.clear()
-            clips.clear()
-
+        pieces: list[_Piece] = []
+        heard: dict[tuple[int, ...], np.ndarray | None] = {}  # voices by where a piece begins and ends: windows overlap five times
         for window, start in enumerate(starts):
             for local in range(is_active.shape[2]):
                 for first, stop in _runs(is_active[window, :, local], round(self.config.split_pause_s / FRAME_S)):
@@ -104,13 +96,15 @@ class Diarizer:
                     mask = alone if alone_s >= self.config.min_alone_s else is_active[window, first:stop, local]
                     clip = audio[start + first * hop : start + stop * hop]
                     clip = clip[np.repeat(mask, hop)[: len(clip)]]
-                    if len(clip) >= self.config.min_heard_s * RATE_HZ:
-                        pieces.append(_Piece(window, local, first, stop, alone_s))
-                        clips.append(clip)
-                        if len(clips) == _EMBED_BATCH:
-                            hear()
-        hear()
-        return kept
+                    if len(clip) < self.config.min_heard_s * RATE_HZ:
+                        continue
+                    offset = round(start / hop)
+                    place = tuple(round(frames / step) for frames in (offset + first, offset + stop, alone.sum()))
+                    if place not in heard:
+                        heard[place] = self.encoder.embed_all([clip])[0]
+                    if (voice := heard[place]) is not None:
+                        pieces.append(_Piece(window, local, first, stop, alone_s, voice))
+        return pieces
 
     def _labels(self, pieces: Sequence[_Piece]) -> list[int]:
         """The speaker of every piece. Pieces that overlap in a window are of different speakers, where there are several."""
@@ -140,7 +134,7 @@ class Diarizer:
         return voices[is_usable], self.config.short_threshold
 
     def _centroids(self, voices: np.ndarray, threshold: float) -> np.ndarray:
-        """One unit vector a speaker, [speakers, 256]."""
+        """One unit vector a speaker, [speakers, 192]."""
         parts = [voices[first : first + _MAX_TOGETHER] for first in range(0, len(voices), _MAX_TOGETHER)]
         found = [self._clusters(part, threshold) for part in parts]
         centroids = np.concatenate([centroids for centroids, _ in found])
@@ -187,7 +181,7 @@ class _Piece:
     first: int
     stop: int
     alone_s: float
-    voice: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    voice: np.ndarray
 
     def overlaps(self, other: _Piece) -> bool:
         return self.local != other.local and self.first < other.stop and other.first < self.stop
