@@ -29,7 +29,7 @@ REPEATS = ("codec", "text")  # these say their names even when default, to win o
 def _primary(path: Path) -> str:
     if path.stem.startswith("finetune_"):
         return "finetune"
-    return "prep" if path.parent.name == "prep" else "train"
+    return {"prep": "prep", "suites": "evaluate"}.get(path.parent.name, "train")
 
 
 def _overrides(path: Path) -> list[str]:
@@ -40,6 +40,8 @@ def _overrides(path: Path) -> list[str]:
     fitting = ["model=csm_small"] if path.stem == "mimi" else []  # 32 codebooks
     if path.parent.name == "adapter":
         fitting = ["base=runs/demo/x"]
+    if path.parent.name == "suites":
+        fitting = REQUIRED["evaluate"]
     return [f"{path.parent.name}={path.stem}", *fitting]
 
 
