@@ -551,10 +551,10 @@ class DiarizeConfig:
     num_speakers: int = 0  # of every recording; 0 finds out
     max_speakers: int = 0  # 0 is no limit
     onset: float = 0.4  # probability above which a local speaker is active
-    threshold: float = 0.33  # cosine distance up to which two voices are one, by average linkage; 0.28 splits speakers, 0.4 joins women
-    short_threshold: float = 0.4  # the same where fewer than min_clear_share of the pieces are clear: short ones lie farther apart
+    threshold: float = 0.58  # cosine distance up to which two voices are one, by average linkage; 0.45 splits speakers, 0.7 joins them
+    short_threshold: float = 0.65  # the same where fewer than min_clear_share of the pieces are clear: short ones lie farther apart
     min_clear_share: float = 0.15
-    link_threshold: float = 0.2  # the same for whole speakers of two parts of a long recording: means of many pieces vary less
+    link_threshold: float = 0.35  # the same for whole speakers of two parts of a long recording: means of many pieces vary less
     min_windows: int = 4  # a speaker of fewer pieces, and of less than a tenth of them, is given to the nearest other
     clear_s: float = 1.6  # of a piece that nobody else speaks in, from which its voice helps to tell how many there are
     min_alone_s: float = 0.4  # speech alone from which overlapped speech is left out of a voice

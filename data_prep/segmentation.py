@@ -28,6 +28,9 @@ FRAME_S = 270 / RATE_HZ  # strides 10 x 3 x 3 x 3 samples
 _FIRST_FRAME_S = 991 / 2 / RATE_HZ  # middle of the samples that the first frame sees
 WEIGHTS_SHA256 = "0b5b3216d60a2d32fc086b47ea8c67589aaeb26b7e07fcbe620d6d0b83e209ea"
 _BATCH = 32  # windows at a time
+# Below a recording's loud frames (99th percentile): nothing so quiet is speech, but between words of clean recordings, in near digital
+# silence, the network goes on hearing what it heard before, and joins speakers across the pause. A room's noise is never so low.
+_INAUDIBLE_DB = 45.0
 _INERT = [
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
@@ -185,7 +188,22 @@ def local_activity(audio: np.ndarray, device: str = "cpu") -> Activity:
         for first in range(0, len(starts), _BATCH):
             windows = np.stack([audio[start : start + size] for start in starts[first : first + _BATCH]])
             found.append(network(torch.from_numpy(windows).to(device)).cpu().numpy())
-    return Activity(starts, np.concatenate(found), num_frames)
+    activity = Activity(starts, np.concatenate(found), num_frames)
+    is_audible = _audible(audio, num_frames)
+    for window, probabilities in enumerate(activity.probabilities):
+        first = activity.first_frame(window)
+        heard = is_audible[first : first + len(probabilities)]
+        probabilities[: len(heard)] *= heard[:, None]
+    return activity
+
+
+def _audible(audio: np.ndarray, num_frames: int) -> np.ndarray:
+    """Which frames are within 45 dB of the recording's loud ones, by the 50 ms around each; [num_frames] bool."""
+    hop = round(FRAME_S * RATE_HZ)
+    blocks = np.pad(audio, (0, max(0, (num_frames + 2) * hop - len(audio))))[: (num_frames + 2) * hop].reshape(-1, hop)
+    energy = np.einsum("ij,ij->i", blocks, blocks)
+    level_db = 10 * np.log10(energy[:-2] + energy[1:-1] + energy[2:] + 1e-12)
+    return level_db > np.percentile(level_db, 99) - _INAUDIBLE_DB
 
 
 def frame_index(time_s: float) -> int:

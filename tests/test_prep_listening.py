@@ -96,6 +96,17 @@ def test_long_recordings_are_clustered_in_parts_that_are_linked(talk, monkeypatc
     assert [(span.speaker, span.start_s) for span in parts] == [(span.speaker, span.start_s) for span in whole]
 
 
+def test_near_silence_after_speech_is_nobody(talk):
+    audio, truth = talk
+    start_s, end_s, _ = truth[0]
+    said = audio[int(start_s * 16_000) : int(end_s * 16_000)]
+    noise = np.random.default_rng(0).normal(0, 1e-4 * np.abs(said).max(), 32_000).astype(np.float32)
+    activity = segmentation.local_activity(np.concatenate([said, noise]))
+    probability = activity.averaged(activity.probabilities.max(axis=2))
+    gone = segmentation.frame_index(len(said) / 16_000 + 0.1)
+    assert probability[:gone].max() > 0.5 and probability[gone:].max() == 0
+
+
 def test_voices_that_are_all_unlike_leave_somebody():
     voices = np.eye(256, dtype=np.float32)[:60]
     assert len(Diarizer(DiarizeConfig())._centroids(voices, 0.25)) >= 1
