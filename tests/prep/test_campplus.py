@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from csm.listening.campplus import log_mels
+
+pytestmark = pytest.mark.prep
 
 
 def test_log_mels_are_kaldis() -> None:
