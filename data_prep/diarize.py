@@ -64,7 +64,7 @@ class Diarizer:
             speech: where to look; None is everywhere.
             activity: `local_activity` of the audio, where that is known already.
         """
-        activity = local_activity(audio, self.device) if activity is None else activity
+        activity = (local_activity(audio, self.device) if activity is None else activity).of_the_audible()
         is_active = activity.probabilities > self.config.onset  # [W, frames, 3]
         pieces = self._pieces(audio, activity.starts, is_active)
         if not pieces:

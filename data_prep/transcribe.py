@@ -57,7 +57,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 3, **self._reader.settings}
+        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 4, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.

@@ -101,7 +101,7 @@ def test_near_silence_after_speech_is_nobody(talk):
     start_s, end_s, _ = truth[0]
     said = audio[int(start_s * 16_000) : int(end_s * 16_000)]
     noise = np.random.default_rng(0).normal(0, 1e-4 * np.abs(said).max(), 32_000).astype(np.float32)
-    activity = segmentation.local_activity(np.concatenate([said, noise]))
+    activity = segmentation.local_activity(np.concatenate([said, noise])).of_the_audible()
     probability = activity.averaged(activity.probabilities.max(axis=2))
     gone = segmentation.frame_index(len(said) / 16_000 + 0.1)
     assert probability[:gone].max() > 0.5 and probability[gone:].max() == 0
