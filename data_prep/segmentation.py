@@ -9,7 +9,6 @@ unpickler after its digest is checked, and those classes are stood in for by one
 from __future__ import annotations
 
 import collections
-import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csm.packaged import packaged_file
+from csm.packaged import check_digest, packaged_file
 
 RATE_HZ = 16_000
 WINDOW_S, STEP_S = 5.0, 1.0
@@ -76,9 +75,7 @@ class SegmentationNet(nn.Module):
         """
         super().__init__()
         path = find_weights() if weights is None else weights
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if self.digest != WEIGHTS_SHA256:
-            raise ValueError(f"{path}: sha256 {self.digest[:16]}, expected {WEIGHTS_SHA256[:16]}; install whisperx==3.8.6")
+        self.digest = check_digest(path, WEIGHTS_SHA256, "whisperx==3.8.6")
         self.low_hz, self.band_hz = nn.Parameter(torch.zeros(40, 1)), nn.Parameter(torch.zeros(40, 1))
         self.register_buffer("half_window", torch.zeros(125))
         self.register_buffer("half_time", torch.zeros(1, 125))  # radians a hertz, of the taps before the middle one

@@ -33,7 +33,6 @@ class Difference:
     Attributes:
         here, there: its values.
         by: here less there, with the interval of paired clips.
-        smaller_is_better: None where neither is.
     """
 
     row: str
@@ -98,10 +97,10 @@ def differences(here: Mapping, verdicts: Sequence[Verdict], other: EvaluatedRun,
     found = []
     verdicts = [Verdict(**v.as_json()) for v in verdicts]  # type: ignore[arg-type]  # rounded as the other's are: equal clips are equal
     for row in here["rows"]:
-        pairs = [(v, other.verdicts[v.row, v.key]) for v in verdicts if v.row == row["name"] and (v.row, v.key) in other.verdicts]
-        pairs = [(a, b) for a, b in pairs if a.text == b.text]
         if row["source"] != "model":
             continue
+        pairs = [(v, other.verdicts[v.row, v.key]) for v in verdicts if v.row == row["name"] and (v.row, v.key) in other.verdicts]
+        pairs = [(a, b) for a, b in pairs if a.text == b.text]
         for metric, style, smaller_is_better, parts in _METRICS:
             both = [(parts(a), parts(b)) for a, b in pairs]
             counted = [(a, b) for a, b in both if a is not None and b is not None]

@@ -47,11 +47,9 @@ def plan_dialogues(lines: Sequence[Utterance], *, num_dialogues: int, num_turns:
     pairs = [(one, other) for i, one in enumerate(voices) for other in voices[i + 1 :]]
     used = dict.fromkeys(voices, 0)
     dialogues = []
-    for index, pair in enumerate(
-        evenly_spaced(pairs, num_dialogues) if num_dialogues < len(pairs) else pairs * -(-num_dialogues // len(pairs))
-    ):
-        if index == num_dialogues:
-            break
+    chosen = evenly_spaced(pairs, num_dialogues)  # all of them where more are wanted, and then again from the first
+    for index in range(num_dialogues):
+        pair = chosen[index % len(chosen)]
         turns = []
         for turn in range(num_turns):
             voice = pair[turn % 2]

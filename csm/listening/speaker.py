@@ -8,7 +8,6 @@ sizes, the 1.6 s windows at 1.3 a second and the -30 dBFS level.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from csm.listening.acoustics import is_silent, mel_spectrogram, resample, trim_silence
-from csm.packaged import packaged_file
+from csm.packaged import check_digest, packaged_file
 
 RATE_HZ = 16_000
 NUM_MELS = 40
@@ -55,10 +54,7 @@ class SpeakerEncoder(nn.Module):
         """
         super().__init__()
         path = find_weights() if weights is None else weights
-        content = path.read_bytes()
-        self.digest = hashlib.sha256(content).hexdigest()
-        if self.digest != WEIGHTS_SHA256:
-            raise ValueError(f"{path}: sha256 {self.digest[:16]}, expected {WEIGHTS_SHA256[:16]}; install Resemblyzer==0.1.4")
+        self.digest = check_digest(path, WEIGHTS_SHA256, "Resemblyzer==0.1.4")
         self.lstm = nn.LSTM(NUM_MELS, 256, 3, batch_first=True)
         self.linear = nn.Linear(256, 256)
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
