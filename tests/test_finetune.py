@@ -309,6 +309,19 @@ def test_codebook_0_and_depth_have_switches_of_their_own(talks: Path, speaking_m
     assert torch.equal(everyone.learn_depth, rows_of(everyone, word_tokenizer, 0) | rows_of(everyone, word_tokenizer, 1))
 
 
+@pytest.mark.parametrize("key", ["learn_speakers", "learn_depth_speakers"])
+def test_speakers_that_nobody_is_are_refused(key: str, talks: Path, speaking_model, word_tokenizer) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{key}=\[9\]: in .* no turn of \d+ conversations is theirs; those have 0, 1"):
+        batch_of(talks, speaking_model, word_tokenizer, **{key: [9]})
+    assert batch_of(talks, speaking_model, word_tokenizer, **{key: [9, 1]}).learn_c0.any()  # one of them is there
+
+
+def test_speakers_that_may_be_further_on_are_warned_of(talks: Path, speaking_model, word_tokenizer, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("csm.data.shard_rows.MAX_LOOKED_AT", 1)
+    batch_of(talks, speaking_model, word_tokenizer, learn_speakers=[9])
+    assert "data.learn_speakers=[9]" in caplog.text and "others it is not known" in caplog.text
+
+
 def test_a_run_ends_when_validation_gets_no_better(config: FinetuneConfig, tmp_path: Path) -> None:
     worse = TrainConfig(
         run_dir=str(tmp_path / "worse"),
