@@ -4,7 +4,8 @@
     python benchmarks/new_voice.py measure runs/demo/mine --speaker 0   # a run or checkpoint; a line of JSON
 
 `measure` speaks the corpus's held-out strings (in no recording, here or there) with every speaker, and asks a Whisper what it
-hears and a speaker encoder whose voice it is: the new one's, or which of the corpus's four. References are real recordings.
+hears and a speaker encoder whose voice it is: the new one's, or which of the corpus's four. References are real recordings. The row
+`codec` is the ceiling: other real recordings of the new voice, through the codec. A codec that never met a voice may move it to another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
 import torch
 
@@ -34,6 +34,7 @@ from data_prep.synthesis import Synthesizer, Voice, random_for
 
 NEW = "stranger"
 NUM_REFERENCES = 40  # recordings that say what the new voice is like
+NUM_RESYNTHESISED = 90  # others, of which the codec's ceiling is told
 SEED = 7
 
 
@@ -62,6 +63,11 @@ def make(folder: Path, minutes: float, corpus: Path, voice: Voice) -> None:
     print(f"{folder}: {index} recordings of {voice}, {num_samples / SAMPLE_RATE_HZ / 60:.2f} minutes")
 
 
+def text_of(path: Path) -> str:
+    """What is said in a recording."""
+    return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+
+
 def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float, only_new: bool) -> dict[str, Any]:
     """WER and nearest voice by speaker; `speaker` is the one that speaks with the new voice, None in the base."""
     defaults = EvaluateConfig(run=str(checkpoint))
@@ -69,9 +75,8 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
     generator, recogniser, encoder = Generator.from_pretrained(checkpoint), Recogniser(prompt=defaults.asr_prompt), SpeakerEncoder()
     real = read_suites(corpus / "heldout", context=False)[SINGLE]
     references = [(u.voice, u.text, encoder.embed(u.audio)) for u in real if u.audio is not None]
-    for path in sorted(recordings.glob("*.wav"))[:NUM_REFERENCES]:
-        audio, _ = soundfile.read(path, dtype="float32")
-        references.append((NEW, path.with_suffix(".txt").read_text(encoding="utf-8").strip(), encoder.embed(audio)))
+    paths = sorted(recordings.glob("*.wav"))
+    references += [(NEW, text_of(path), encoder.embed(soundfile.read(path, dtype="float32")[0])) for path in paths[:NUM_REFERENCES]]
     voices = VoiceBook([(voice, text, embedding) for voice, text, embedding in references if embedding is not None])
     names = {number: voice.name for number, voice in enumerate(VOICES)}
     if speaker is not None:
@@ -84,12 +89,12 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
     longest = max(real, key=lambda utterance: utterance.reference_s)
     utterances = [replace(utterance, codes=longest.codes) for utterance in utterances]
 
-    def judge(utterance: Utterance, codes: torch.Tensor) -> tuple[str, int, int, str]:
+    def judge(row: str, text: str, codes: torch.Tensor) -> tuple[str, int, int, str]:
         audio = generator.audio_from_codes(codes).numpy()
-        errors = count_word_errors(utterance.text, recogniser.transcribe(audio) if len(audio) else "")
+        errors = count_word_errors(text, recogniser.transcribe(audio) if len(audio) else "")
         embedding = encoder.embed(audio) if len(audio) else None
-        near = voices.similarities(embedding, utterance.text) if embedding is not None else {}
-        return utterance.voice, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
+        near = voices.similarities(embedding, text) if embedding is not None else {}
+        return row, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
 
     with ThreadPoolExecutor(1) as pool:
         made = speak(
@@ -101,17 +106,23 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
             seed=defaults.seed,
             max_duration_s=longest_s(utterances),
         )
-        found = [future.result() for future in [pool.submit(judge, utterance, said.codes) for utterance, said in made]]
+        judged = [pool.submit(judge, utterance.voice, utterance.text, said.codes) for utterance, said in made]
+    found = [future.result() for future in judged]
+    others = paths[NUM_REFERENCES : NUM_REFERENCES + NUM_RESYNTHESISED]
+    sounds = [torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in others]
+    through = generator.codec.encode(sounds) if sounds else []
+    found += [judge("codec", text_of(path), codes.T) for path, codes in zip(others, through, strict=True)]
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "temperature": temperature}
-    for name in names.values():
+    for name in (*names.values(), *(["codec"] if others else [])):
         mine = [row for row in found if row[0] == name]
+        heard_as = [row[3] for row in mine]
         result[name] = {
             "wer": round(sum(row[1] for row in mine) / sum(row[2] for row in mine), 4),
-            "heard_as": dict(Counter(row[3] for row in mine)),
-            "heard_as_it": round(float(np.mean([row[3] == name for row in mine])), 4),
+            "heard_as": dict(Counter(heard_as)),
+            "heard_as_it": round(heard_as.count(NEW if name == "codec" else name) / len(mine), 4),
             "n": len(mine),
         }
-    old = [row for row in found if row[0] != NEW]
+    old = [row for row in found if row[0] not in (NEW, "codec")]
     if old:
         result["old_voices_wer"] = round(sum(row[1] for row in old) / sum(row[2] for row in old), 4)
     return result
