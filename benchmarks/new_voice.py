@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
 
@@ -63,6 +64,12 @@ def make(folder: Path, minutes: float, corpus: Path, voice: Voice) -> None:
     print(f"{folder}: {index} recordings of {voice}, {num_samples / SAMPLE_RATE_HZ / 60:.2f} minutes")
 
 
+def audio_of(path: Path) -> np.ndarray:
+    """float32 [S] of a recording."""
+    audio, _ = soundfile.read(path, dtype="float32")
+    return audio
+
+
 def text_of(path: Path) -> str:
     """What is said in a recording."""
     return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
@@ -76,7 +83,7 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
     real = read_suites(corpus / "heldout", context=False)[SINGLE]
     references = [(u.voice, u.text, encoder.embed(u.audio)) for u in real if u.audio is not None]
     paths = sorted(recordings.glob("*.wav"))
-    references += [(NEW, text_of(path), encoder.embed(soundfile.read(path, dtype="float32")[0])) for path in paths[:NUM_REFERENCES]]
+    references += [(NEW, text_of(path), encoder.embed(audio_of(path))) for path in paths[:NUM_REFERENCES]]
     voices = VoiceBook([(voice, text, embedding) for voice, text, embedding in references if embedding is not None])
     names = {number: voice.name for number, voice in enumerate(VOICES)}
     if speaker is not None:
@@ -109,20 +116,20 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
         judged = [pool.submit(judge, utterance.voice, utterance.text, said.codes) for utterance, said in made]
     found = [future.result() for future in judged]
     others = paths[NUM_REFERENCES : NUM_REFERENCES + NUM_RESYNTHESISED]
-    sounds = [torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in others]
-    through = generator.codec.encode(sounds) if sounds else []
+    through = generator.codec.encode([torch.from_numpy(audio_of(path)) for path in others]) if others else []
     found += [judge("codec", text_of(path), codes.T) for path, codes in zip(others, through, strict=True)]
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "temperature": temperature}
-    for name in (*names.values(), *(["codec"] if others else [])):
+    voice_of = {name: name for name in names.values()} | ({"codec": NEW} if others else {})
+    for name, voice in voice_of.items():
         mine = [row for row in found if row[0] == name]
         heard_as = [row[3] for row in mine]
         result[name] = {
             "wer": round(sum(row[1] for row in mine) / sum(row[2] for row in mine), 4),
             "heard_as": dict(Counter(heard_as)),
-            "heard_as_it": round(heard_as.count(NEW if name == "codec" else name) / len(mine), 4),
+            "heard_as_it": round(heard_as.count(voice) / len(mine), 4),
             "n": len(mine),
         }
-    old = [row for row in found if row[0] not in (NEW, "codec")]
+    old = [row for row in found if voice_of[row[0]] != NEW]
     if old:
         result["old_voices_wer"] = round(sum(row[1] for row in old) / sum(row[2] for row in old), 4)
     return result

@@ -97,7 +97,7 @@ def survey(folder: Path, max_samples: int = MAX_SAMPLES) -> Survey:
         reader = ShardReader(path, keep_faults=True)
         codec = f"{reader.codec.name}, {reader.codec.num_codebooks} codebooks"
         split = Split(path.name, len(reader), len(reader.paths), float(reader.duration_s.sum()) / 3600)
-        wanted = np.unique(np.linspace(0, len(reader) - 1, min(max_samples, len(reader))).round().astype(int)).tolist()
+        wanted = reader.spread(max_samples)
         for start in range(0, len(wanted), _BATCH):
             indexes = wanted[start : start + _BATCH]
             for index, meta in zip(indexes, reader.read_metas(indexes), strict=True):

@@ -269,14 +269,13 @@ def _score(checkpoint: Path, place: Any, config: FinetuneConfig, base: Base) -> 
     from csm.data.index import ShardIndex
     from csm.data.shards import ShardReader
     from csm.evaluation.likelihood import score_samples
-    from csm.evaluation.suites import evenly_spaced
     from csm.model.pretrained import load_model
 
     folder = Path(place) / config.data.val_split
     folder = folder if folder.is_dir() else Path(place)
     ShardIndex.load(folder).check_codec(num_codebooks=base.model.num_codebooks, digest=base.codec_digest)
     reader = ShardReader(folder)
-    samples = [reader.read(index) for index in evenly_spaced(list(range(len(reader))), MAX_SCORED)]
+    samples = [reader.read(index) for index in reader.spread(MAX_SCORED)]
     if config.data.tag_styles:
         samples = [_tagged(sample) for sample in samples]
     scores = score_samples(load_model(checkpoint), base.tokenizer, samples, seed=config.seed, name=str(place))

@@ -71,8 +71,7 @@ class ShardRows:
                 f"longer than asked, {self.documents.num_too_long} turns longer than a row; raise data.seq_len={data.seq_len}, or change "
                 "data.min_duration_s and data.max_duration_s"
             )
-        self._find_speakers("learn_speakers", data.learn_speakers, folders)
-        self._find_speakers("learn_depth_speakers", data.learn_depth_speakers or [], folders)
+        self._find_speakers({"learn_speakers": data.learn_speakers, "learn_depth_speakers": data.learn_depth_speakers or []}, folders)
         self.fingerprint: dict[str, object] = {
             "index": "+".join(index.digest[:16] for index in reader.indexes),
             "tokenizer": tokenizer_digest(tokenizer),
@@ -116,23 +115,25 @@ class ShardRows:
             return empty_batch(len(rows), self.seq_len, self.num_codebooks), bad
         return Batch.from_documents(packed, self.seq_len, keys), bad
 
-    def _find_speakers(self, key: str, speakers: Sequence[int | str], folders: str) -> None:
+    def _find_speakers(self, wanted: dict[str, list[int | str]], folders: str) -> None:
         """Refuse speakers of whom no conversation has a turn: nothing would be learnt. Where not all are looked at, warn."""
-        if not speakers:
+        if not any(wanted.values()):
             return
-        looked_at = np.unique(np.linspace(0, len(self.reader) - 1, min(MAX_LOOKED_AT, len(self.reader))).round().astype(int)).tolist()
+        looked_at = self.reader.spread(MAX_LOOKED_AT)
         metas = [meta for meta in self.reader.read_metas(looked_at) if isinstance(meta, dict)]
         there = {
             name for meta in metas for turn in meta["turns"] for name in (turn["speaker"], turn.get("speaker_name")) if name is not None
         }
-        if not metas or not there.isdisjoint(speakers):
-            return
         some = sorted(there, key=lambda name: (isinstance(name, str), name))
         listed = ", ".join(map(repr, some[:10])) + (f" and {len(some) - 10} more" if len(some) > 10 else "")
-        found = f"data.{key}={list(speakers)}: in {folders} no turn of {len(looked_at)} conversations is theirs; those have {listed}"
-        if len(looked_at) == len(self.reader):
-            raise ValueError(f"{found}; name one of these, or leave the key out to learn every turn")
-        _log.warning("%s. Of %d others it is not known; where none has them, nothing is learnt.", found, len(self.reader) - len(looked_at))
+        num_others = len(self.reader) - len(looked_at)
+        for key, speakers in wanted.items():
+            if not speakers or not metas or not there.isdisjoint(speakers):
+                continue
+            found = f"data.{key}={list(speakers)}: in {folders} no turn of {len(looked_at)} conversations is theirs; those have {listed}"
+            if not num_others:
+                raise ValueError(f"{found}; name one of these, or leave the key out to learn every turn")
+            _log.warning("%s. Of %d others it is not known; where none has them, nothing is learnt.", found, num_others)
 
     def _turns(self, sample: Sample) -> list[Turn]:
         """The turns with their tags, those of speakers that are not to be learnt switched off: they are heard as context."""

@@ -171,6 +171,10 @@ class ShardReader:
                 metas.append(self._bad(sample_index, error))
         return metas
 
+    def spread(self, count: int) -> list[int]:
+        """At most `count` sample indexes, from the first to the last, evenly spaced."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)).tolist()
+
     def close(self) -> None:
         """Close what this process opened."""
         self._files.close()

@@ -135,7 +135,7 @@ def test_both_environments_agree_on_digest_and_codes(folder, tmp_path):
     """The core environment's transformers, in a process of its own, on the same files: a data folder may be made by either."""
     core = ROOT / ".venv" / "bin" / "python"
     if not core.exists():
-        pytest.skip("no core environment beside this one (make env)")
+        pytest.skip("no core environment beside this one (make .venv)")
     script = (
         "import json, sys, torch\n"
         "from csm.codec import load_codec\n"
