@@ -205,7 +205,8 @@ class AdapterConfig:
 
     kind: str = "none"  # "lora"; "dora" learns each row's length too; "none" trains every weight
     rank: int = 16
-    alpha: float = 32.0  # the update is scaled by alpha / rank
+    alpha: float = 32.0  # the update is scaled by alpha / rank, in the depth decoder too, whatever its rank
+    decoder_rank: int | None = None  # of the depth decoder's maps; None is `rank`
     dropout: float = 0.0  # of the adapter's input
     targets: list[str] = field(default_factory=lambda: list(ADAPTER_TARGETS))  # linear maps, by Sesame's names
     parts: list[str] = field(default_factory=lambda: ["backbone", "decoder"])
@@ -214,6 +215,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         _one_of("adapter.kind", self.kind, ("none", "lora", "dora"))
         _require(self.rank > 0, "adapter.rank", self.rank, "a positive number")
+        _require(self.decoder_rank is None or self.decoder_rank > 0, "adapter.decoder_rank", self.decoder_rank, "a positive number or null")
         _require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "a share in [0, 1)")
         for key, got, choices in (

@@ -22,6 +22,10 @@ from data_prep.planning import Unit
 if TYPE_CHECKING:
     import ray
 
+_TOKEN_HINT = (
+    "where the cluster was started without a token and there is one here (~/.ray/auth_token, which Ray's own local start writes), "
+    "give both the same RAY_AUTH_MODE, token or disabled"
+)
 _STORE_BYTES = 100_000_000  # of a Ray of our own: actors are sent names, and give back nothing
 
 
@@ -120,8 +124,13 @@ class RayWorkers:
             except RayTaskError as error:
                 failure = error.cause if isinstance(error.cause, Exception) else error
             except RayActorError as error:
+                why = " ".join(str(error).split())  # Ray says it in its last lines
+                if unit is None:
+                    raise ValueError(
+                        f"executor=ray: no worker could start ({why}); {_TOKEN_HINT}, or see the logs in the cluster's session_latest/logs"
+                    ) from error
                 what = f"its worker died {self.config.max_retries + 1} times (ray.max_retries={self.config.max_retries}); out of memory?"
-                failure = RuntimeError(f"{what} {str(error).splitlines()[0]}")
+                failure = RuntimeError(f"{what} {why}")
             if unit is not None:
                 on_done(unit, failure)
             elif failure is not None:

@@ -168,15 +168,29 @@ def test_a_dropped_adapter_input_is_dropped_in_training_only(model: CSM) -> None
     assert not torch.equal(logits(model, batch), logits(model, batch))
 
 
+def test_the_depth_decoder_has_its_own_rank_and_the_scale_of_the_rest(model: CSM, tmp_path: Path) -> None:
+    config = AdapterConfig(kind="lora", rank=2, alpha=6.0, decoder_rank=5)
+    attach_adapter(model, config)
+    shake(model)
+    got = {(name.split(".")[0], low.a.shape[0], low.scaling) for name, at in adapted_maps(model).items() for low in at.adapters.values()}
+    assert got == {("backbone", 2, 3.0), ("decoder", 5, 3.0)}
+    save_adapter(model, tmp_path, config)
+    other = CSM(model.config, seed=3).eval()
+    assert load_adapter(other, tmp_path) == config
+    batch = make_batch(model)
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("decoder_rank", [None, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_our_adapter_on_our_export_and_gives_our_logits(kind: str, tmp_path: Path) -> None:
+def test_peft_loads_our_adapter_on_our_export_and_gives_our_logits(kind: str, decoder_rank: int | None, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is in the extra dev")
     from transformers import CsmForConditionalGeneration, MimiConfig, MimiModel
 
     ours = CSM(tiny_config(), seed=3).eval()
     codec = CodecWeights({**SMALL_MIMI, "model_type": "mimi"}, MimiModel(MimiConfig(**SMALL_MIMI)).state_dict())
     ours.save_pretrained(tmp_path / "base", layout="transformers", codec=codec)
-    config = AdapterConfig(kind=kind, rank=4, also_train=["text_embeddings"])
+    config = AdapterConfig(kind=kind, rank=4, also_train=["text_embeddings"], decoder_rank=decoder_rank)
     attach_adapter(ours, config)
     shake(ours)
     ours.text_embeddings.weight.data += 0.05
@@ -199,7 +213,8 @@ def test_peft_loads_our_adapter_on_our_export_and_gives_our_logits(kind: str, tm
 
     theirs.save_pretrained(tmp_path / "theirs")  # and the other way round
     again = CSM(tiny_config(), seed=3).eval()
-    assert load_adapter(again, tmp_path / "theirs").kind == kind
+    read = load_adapter(again, tmp_path / "theirs")
+    assert (read.kind, read.decoder_rank) == (kind, decoder_rank)
     assert torch.allclose(logits(again, batch), logits(ours, batch), atol=1e-6)
 
 
@@ -221,6 +236,13 @@ def damage(folder: Path, how: str) -> None:
         config["target_modules"] = ["conv1"]
     elif how == "rank-stabilised":
         config["use_rslora"] = True
+    elif how == "a rank for a layer":
+        config["rank_pattern"] = config["alpha_pattern"] = {"backbone_model.layers.0.mlp.up_proj": 2}
+    elif how == "another scale":
+        decoder = r"depth_decoder\.model\.layers\.\d+\.(self_attn|mlp)\.\w+"
+        config["rank_pattern"], config["alpha_pattern"] = {decoder: 2}, {decoder: 5.0}
+    elif how == "a rank alone":
+        config["rank_pattern"] = {"q_proj": "4"}
     elif how == "unknown whole":
         config["modules_to_save"] = ["codec_model"]
     save_file(tensors, folder / WEIGHTS_NAME)
@@ -244,6 +266,9 @@ def damage(folder: Path, how: str) -> None:
         ("no rank", "'r'"),
         ("strange targets", "conv1"),
         ("rank-stabilised", "use_rslora"),
+        ("a rank for a layer", "rank_pattern"),
+        ("another scale", "alpha / r"),
+        ("a rank alone", "rank_pattern"),
         ("unknown whole", "codec_model"),
         ("truncated", "cannot be read"),
         ("no config", CONFIG_NAME),

@@ -7,8 +7,10 @@ load what `peft` trained there. Source: the files that peft 0.21 writes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +38,7 @@ _THEIRS_OF_OURS = {
     "w2": "down_proj",
     "w3": "up_proj",
 }
-_PART_OF_OURS = {"backbone": "backbone_model", "decoder": r"depth_decoder\.model"}
+_PART_OF_OURS = {"backbone": "backbone_model", "decoder": "depth_decoder.model"}
 
 
 def save_adapter(model: CSM, folder: str | Path, config: AdapterConfig, *, name: str = "default", base: str | None = None) -> None:
@@ -81,6 +83,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfi
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        **_decoder_patterns(config),
         "lora_dropout": config.dropout,
         "use_dora": config.kind == "dora",
         "target_modules": _peft_targets(config),
@@ -165,7 +168,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a LoRA configuration ({error!r})") from error
-    strange = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform") if values.get(key)]
+    strange = [key for key in ("use_rslora", "fan_in_fan_out", "layers_to_transform") if values.get(key)]
     if kind != "LORA" or values.get("bias", "none") != "none" or strange:
         raise ValueError(f"{path}: peft_type {kind}, {', '.join(strange) or 'bias'}: only plain LoRA and DoRA without bias can be read")
     whole = {_whole_name(name).removesuffix(".weight"): name for name in ADAPTER_WHOLES}
@@ -180,26 +183,56 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         dropout=float(values.get("lora_dropout") or 0.0),
         also_train=[whole[module] for module in modules],
     )
-    return _with_targets(config, values.get("target_modules"), path)
+    config = _with_targets(config, values.get("target_modules"), path)
+    patterns = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
+    return replace(config, decoder_rank=_read_decoder_rank(config, *patterns, path)) if any(patterns) else config
 
 
 def _peft_targets(config: AdapterConfig) -> str:
     """The regular expression that PEFT matches module names with."""
-    parts = "|".join(_PART_OF_OURS[part] for part in config.parts)
-    names = "|".join(_THEIRS_OF_OURS[target] for target in config.targets)
-    return rf"({parts})\.layers\.\d+\.(self_attn|mlp)\.({names})"
+    return _peft_pattern(config.parts, config.targets)
+
+
+def _peft_pattern(parts: Sequence[str], targets: Sequence[str]) -> str:
+    theirs = "|".join(_THEIRS_OF_OURS[target] for target in targets)
+    return rf"({'|'.join(re.escape(_PART_OF_OURS[part]) for part in parts)})\.layers\.\d+\.(self_attn|mlp)\.({theirs})"
+
+
+def _decoder_patterns(config: AdapterConfig) -> dict[str, dict[str, float]]:
+    """PEFT's way to say `decoder_rank`: ranks, and the alphas that keep the scale, of the modules that a pattern matches."""
+    if config.decoder_rank is None or "decoder" not in config.parts:
+        return {}
+    pattern = _peft_pattern(["decoder"], config.targets)
+    return {"rank_pattern": {pattern: config.decoder_rank}, "alpha_pattern": {pattern: config.alpha * config.decoder_rank / config.rank}}
+
+
+def _read_decoder_rank(config: AdapterConfig, ranks: dict[str, int], alphas: dict[str, float], path: Path) -> int:
+    """The depth decoder's rank, where patterns say that and nothing else: one rank for all of it, scaled as the backbone is."""
+    pattern, rank = next(iter(ranks.items()), ("", None))
+    meant = {part: [_matches(pattern, _peft_module(part, target)) for target in config.targets] for part in config.parts}
+    is_decoders = all(meant.get("decoder", [False])) and not any(meant.get("backbone", []))
+    if not (len(ranks) == 1 and alphas.keys() == ranks.keys() and is_decoders and isinstance(rank, int) and rank > 0) or (
+        not math.isclose(alphas[pattern] / rank, config.alpha / config.rank)
+    ):
+        raise ValueError(
+            f"{path}: rank_pattern {ranks}, alpha_pattern {alphas}: expected one pattern, the same in both, for all of the depth decoder's "
+            "targets and none of the backbone's, with alpha / r as everywhere else"
+        )
+    return rank
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether PEFT takes a pattern for a module's: to its end, from its beginning or from a dot on."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
 
 
 def _with_targets(config: AdapterConfig, targets: object, path: Path) -> AdapterConfig:
     """The configuration with PEFT's `target_modules` read: a pattern, or a list of names that hold in both transformers."""
-    ours = [
-        name for name in ADAPTER_TARGETS if _is_target(targets, "backbone_model", name) or _is_target(targets, "depth_decoder.model", name)
-    ]
-    parts = [
-        part
-        for part, theirs in (("backbone", "backbone_model"), ("decoder", "depth_decoder.model"))
-        if any(_is_target(targets, theirs, n) for n in ours)
-    ]
+    ours = [name for name in ADAPTER_TARGETS if any(_is_target(targets, part, name) for part in _PART_OF_OURS)]
+    parts = [part for part in _PART_OF_OURS if any(_is_target(targets, part, name) for name in ours)]
     if not ours:
         raise ValueError(
             f"{path}: target_modules {targets!r} names no linear map of a CSM; expected some of {sorted(_THEIRS_OF_OURS.values())}"
@@ -208,11 +241,16 @@ def _with_targets(config: AdapterConfig, targets: object, path: Path) -> Adapter
 
 
 def _is_target(targets: object, part: str, ours: str) -> bool:
-    inner = "mlp" if ours.startswith("w") else "self_attn"
-    full = f"{part}.layers.0.{inner}.{_THEIRS_OF_OURS[ours]}"
+    full = _peft_module(part, ours)
     if isinstance(targets, str):
         return re.fullmatch(targets, full) is not None
     return isinstance(targets, list) and any(full == target or full.endswith(f".{target}") for target in targets)
+
+
+def _peft_module(part: str, target: str) -> str:
+    """A map's name in PEFT's patterns, in the first layer of a part."""
+    inner = "mlp" if target.startswith("w") else "self_attn"
+    return f"{_PART_OF_OURS[part]}.layers.0.{inner}.{_THEIRS_OF_OURS[target]}"
 
 
 def _whole_name(name: str) -> str:

@@ -26,13 +26,14 @@ class LowRank(nn.Module):
     which begins as the row's own.
     """
 
-    def __init__(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator | None) -> None:
+    def __init__(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator | None, *, rank: int | None = None) -> None:
         super().__init__()
+        rank = rank or config.rank
         out_features, in_features = weight.shape
         # Factors are float32 whatever the weight is: steps of 1e-4 are lost in bfloat16.
         place = {"device": weight.device, "dtype": torch.float32}
-        self.a = nn.Parameter(torch.empty(config.rank, in_features, **place))
-        self.b = nn.Parameter(torch.zeros(out_features, config.rank, **place))
+        self.a = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, **place))
         if generator is not None:
             bound = 1 / math.sqrt(in_features)  # PEFT's: kaiming_uniform_(a=sqrt(5))
             with torch.no_grad():
@@ -158,7 +159,7 @@ def attach_adapter(model: CSM, config: AdapterConfig, seed: int = 0, name: str =
         adapted = _adapted(model, place, module)
         if name in adapted.adapters:
             raise ValueError(f"adapter {name!r}: the model already has one of that name")
-        adapted.adapters[name] = LowRank(adapted.weight, config, generator).train(adapted.training)
+        adapted.adapters[name] = LowRank(adapted.weight, config, generator, rank=_rank(place, config)).train(adapted.training)
         adapted.active = name
     wholes = _wholes(model)
     wholes.switch(model, None)  # what is trained whole begins as the base's
@@ -240,6 +241,11 @@ def adaptable_maps(model: CSM, config: AdapterConfig) -> list[tuple[str, Linear]
     if not found:
         raise ValueError(f"adapter.targets={config.targets} in adapter.parts={config.parts}: no linear map of the model is meant")
     return found
+
+
+def _rank(place: str, config: AdapterConfig) -> int:
+    in_decoder = place.split(".", 1)[0] == "decoder"
+    return config.decoder_rank if in_decoder and config.decoder_rank is not None else config.rank
 
 
 def _adapted(model: CSM, place: str, module: Linear) -> AdaptedLinear:

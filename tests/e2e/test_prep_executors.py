@@ -66,15 +66,25 @@ def assert_went_on(told: dict, output: Path, undisturbed: Path) -> None:
     assert content(output) == content(undisturbed)
 
 
-def test_on_ray_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(overrides: Callable, undisturbed: Path, tmp_path: Path) -> None:
-    arguments = ["ray", tmp_path, *overrides("executor=ray")]
+def run_with_ray(what: str, work: Path, *overrides: str) -> dict:
+    """What `tests.faults.killed_executors` tells of a Ray of its own. Its token is here, whether or not ~/.ray has one."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as own:  # a short path: it has sockets
-        environment = {"RAY_TMPDIR": own}
-        done = run_isolated([sys.executable, "-m", "tests.faults.killed_executors", *arguments], env=environment, timeout=200)
+        environment = {"RAY_TMPDIR": own, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "4" * 64}
+        done = run_isolated([sys.executable, "-m", "tests.faults.killed_executors", what, work, *overrides], env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_on_ray_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(overrides: Callable, undisturbed: Path, tmp_path: Path) -> None:
+    told = run_with_ray("ray", tmp_path, *overrides("executor=ray"))
     assert "0 failed" in told["again"]["said"]  # in the second run, of which a worker was killed
     assert_went_on(told, tmp_path / "killed", undisturbed)
+
+
+def test_a_cluster_without_the_commands_token_is_told_as_that(overrides: Callable, tmp_path: Path) -> None:
+    told = run_with_ray("ray_without_token", tmp_path, *overrides("executor=ray"))
+    assert told["status"] == 1
+    assert "no worker could start" in told["said"] and "give both the same RAY_AUTH_MODE" in told["said"]
 
 
 def test_on_slurm_killed_slices_are_named_and_a_killed_driver_goes_on(

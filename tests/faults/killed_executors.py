@@ -1,6 +1,6 @@
 """Runs `python -m data_prep` on Ray or SLURM, kills its workers and itself, and runs it again; prints what came of it as JSON.
 
-    python -m tests.faults.killed_executors ray|slurm WORK OVERRIDE...
+    python -m tests.faults.killed_executors ray|ray_without_token|slurm WORK OVERRIDE...
 
 Outputs go below WORK. For a namespace of its own (tests.isolation, tests.e2e.slurm_cluster): it looks for workers by their names.
 """
@@ -55,11 +55,16 @@ def processes(name: bytes) -> list[int]:
     return found
 
 
-def on_ray(work: Path, overrides: list[str]) -> dict[str, object]:
-    """The first run has a Ray of its own; the second one a cluster's, whose machine says that it has two GPUs."""
+def start_cluster() -> None:
+    """One machine, which says that it has two GPUs."""
     ray = str(Path(sys.executable).with_name("ray"))
     has = ["--num-cpus=2", "--num-gpus=2", "--node-ip-address=127.0.0.1", "--port=6379", "--include-dashboard=false"]
     subprocess.run([ray, "start", "--head", *has, "--disable-usage-stats"], check=True, capture_output=True, timeout=TIMEOUT_S)
+
+
+def on_ray(work: Path, overrides: list[str]) -> dict[str, object]:
+    """The first run has a Ray of its own, the second one a cluster's."""
+    start_cluster()
     output = work / "killed"
     killed_driver = start(output, [*overrides, "num_workers=2"])
     until(lambda: done_units(output) and processes(WORKER_AT_WORK), killed_driver)
@@ -71,6 +76,14 @@ def on_ray(work: Path, overrides: list[str]) -> dict[str, object]:
     until(lambda: set(processes(WORKER_AT_WORK)) - old, again)
     os.kill((set(processes(WORKER_AT_WORK)) - old).pop(), signal.SIGKILL)
     return {"before": before, "again": finish(again), "after": done_units(output)}
+
+
+def on_ray_without_token(work: Path, overrides: list[str]) -> dict[str, object]:
+    """The cluster asks for no token, the command has one, as after a run with a Ray of its own."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    start_cluster()
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "4" * 64}
+    return finish(start(work / "refused", [*overrides, "ray.address=auto"]))
 
 
 def on_slurm(work: Path, overrides: list[str]) -> dict[str, object]:
@@ -89,4 +102,8 @@ def on_slurm(work: Path, overrides: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"ray": on_ray, "slurm": on_slurm}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])))
+    print(
+        json.dumps(
+            {"ray": on_ray, "ray_without_token": on_ray_without_token, "slurm": on_slurm}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
+        )
+    )
