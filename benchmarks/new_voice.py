@@ -75,8 +75,14 @@ def text_of(path: Path) -> str:
     return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
-def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float, only_new: bool) -> dict[str, Any]:
-    """WER and nearest voice by speaker; `speaker` is the one that speaks with the new voice, None in the base."""
+def measure(
+    checkpoint: Path, recordings: Path, corpus: Path, speaker: int | None, temperature: float, only_new: bool, draws: int
+) -> dict[str, Any]:
+    """WER and nearest voice by speaker; `speaker` is the one that speaks with the new voice, None in the base.
+
+    Args:
+        draws: how often each string is said, each time with another seed.
+    """
     defaults = EvaluateConfig(run=str(checkpoint))
     torch.set_num_threads(1)
     generator, recogniser, encoder = Generator.from_pretrained(checkpoint), Recogniser(prompt=defaults.asr_prompt), SpeakerEncoder()
@@ -103,17 +109,19 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
         near = voices.similarities(embedding, text) if embedding is not None else {}
         return row, errors.errors, errors.num_words, max(near, key=lambda name: near[name], default="")
 
+    judged = []
     with ThreadPoolExecutor(1) as pool:
-        made = speak(
-            generator,
-            utterances,
-            temperature=temperature,
-            top_k=defaults.top_k,
-            batch_size=32,
-            seed=defaults.seed,
-            max_duration_s=longest_s(utterances),
-        )
-        judged = [pool.submit(judge, utterance.voice, utterance.text, said.codes) for utterance, said in made]
+        for seed in range(defaults.seed, defaults.seed + draws):
+            made = speak(
+                generator,
+                utterances,
+                temperature=temperature,
+                top_k=defaults.top_k,
+                batch_size=32,
+                seed=seed,
+                max_duration_s=longest_s(utterances),
+            )
+            judged += [pool.submit(judge, utterance.voice, utterance.text, said.codes) for utterance, said in made]
     found = [future.result() for future in judged]
     others = paths[NUM_REFERENCES : NUM_REFERENCES + NUM_RESYNTHESISED]
     through = generator.codec.encode([torch.from_numpy(audio_of(path)) for path in others]) if others else []
@@ -125,6 +133,7 @@ def measure(checkpoint: Path, recordings: Path, corpus: Path, speaker: int | Non
         heard_as = [row[3] for row in mine]
         result[name] = {
             "wer": round(sum(row[1] for row in mine) / sum(row[2] for row in mine), 4),
+            "word_errors": [sum(row[1] for row in mine), sum(row[2] for row in mine)],
             "heard_as": dict(Counter(heard_as)),
             "heard_as_it": round(heard_as.count(voice) / len(mine), 4),
             "n": len(mine),
@@ -149,6 +158,7 @@ def main() -> None:
     measuring.add_argument("--speaker", type=int)
     measuring.add_argument("--only-new", action="store_true", help="leave the old voices out")
     measuring.add_argument("--temperature", type=float, default=0.5)
+    measuring.add_argument("--draws", type=int, default=1, help="how often each string is said, each time with another seed")
     for command in (making, measuring):
         command.add_argument("--corpus", type=Path, default=Path("data/demo"))
     arguments = parser.parse_args()
@@ -156,7 +166,7 @@ def main() -> None:
         make(arguments.folder, arguments.minutes, arguments.corpus, Voice(NEW, arguments.pitch, arguments.warp))
     else:
         places = (arguments.checkpoint, arguments.recordings, arguments.corpus)
-        print(json.dumps(measure(*places, arguments.speaker, arguments.temperature, arguments.only_new)))
+        print(json.dumps(measure(*places, arguments.speaker, arguments.temperature, arguments.only_new, arguments.draws)))
 
 
 if __name__ == "__main__":

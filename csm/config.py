@@ -196,7 +196,7 @@ class TextConfig:
 
 
 ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
-ADAPTER_WHOLES = ("text_embeddings", "audio_embeddings", "codebook0_head", "audio_head")
+ADAPTER_WHOLES = ("text_embeddings", "audio_embeddings", "projection", "codebook0_head", "audio_head")
 
 
 @dataclass

@@ -19,9 +19,12 @@ from csm.config import DiarizeConfig
 from csm.listening.campplus import CampplusEncoder
 from csm.listening.speaker import unit
 from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
-from data_prep.transcript import NO_SPEAKER, Span, SpeakerSpan, Transcript
+from data_prep.transcript import NO_SPEAKER, SENTENCE_ENDS, Span, SpeakerSpan, Transcript, union
 
 _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
+# Two in a row for a word of another in between are less than that word, 1. On made talks anything from 0.3 to 1.2 gave the same.
+_CHANGE, _EASY_CHANGE = 0.3, 0.1
+_BREATH_S = 0.3  # a pause after which another may well speak
 _SAME_EDGE_S = 0.1  # pieces of two windows that begin and end as near as this are one sound, and are heard once
 
 
@@ -54,7 +57,7 @@ class Diarizer:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest: what a result depends on besides the configuration."""
-        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 2}
+        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 3}
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.
@@ -227,16 +230,48 @@ def renumbered(spans: Sequence[SpeakerSpan]) -> list[SpeakerSpan]:
 
 
 def assign_speakers(transcript: Transcript) -> None:
-    """Give every word the speaker whose spans cover most of it; where none does, the nearest one's."""
-    spans = transcript.speakers
-    for word in transcript.words:
-        shares: dict[int, float] = {}
-        for span in spans:
-            shared = min(word.end_s, span.end_s) - max(word.start_s, span.start_s)
-            if shared > 0:
-                shares[span.speaker] = shares.get(span.speaker, 0.0) + shared
-        if shares:
-            word.speaker = max(sorted(shares), key=lambda speaker: shares[speaker])
-        elif spans:
-            middle = (word.start_s + word.end_s) / 2
-            word.speaker = min(spans, key=lambda span: max(span.start_s - middle, middle - span.end_s, 0.0)).speaker
+    """Give every word a speaker: the sequence that costs least, words taken in the order of their starts.
+
+    A word costs the share of it that its speaker's spans leave uncovered; where nobody's cover any of it, nothing for the nearest
+    speaker and 1 for others. A change of speaker costs `_CHANGE`, less after a pause or a sentence. So where two speak at once, or
+    a span begins a little late, a word goes with those around it.
+    """
+    words = sorted(transcript.words, key=lambda word: word.start_s)
+    if not words or not transcript.speakers:
+        return
+    speakers = sorted({span.speaker for span in transcript.speakers})
+    starts, ends = np.array([word.start_s for word in words]), np.array([word.end_s for word in words])
+    uncovered, far_s = np.empty((len(words), len(speakers))), np.empty((len(words), len(speakers)))
+    for column, speaker in enumerate(speakers):
+        edges = np.array(union([(span.start_s, span.end_s) for span in transcript.speakers if span.speaker == speaker]))
+        spoken_s = np.repeat(np.cumsum(edges[:, 1] - edges[:, 0]), 2)  # up to each edge
+        spoken_s[0::2] -= edges[:, 1] - edges[:, 0]
+        shared_s = np.interp(ends, edges.ravel(), spoken_s) - np.interp(starts, edges.ravel(), spoken_s)
+        uncovered[:, column] = 1 - shared_s / np.maximum(ends - starts, 1e-3)
+        middles = (starts + ends) / 2
+        after = np.searchsorted(edges[:, 0], middles)  # the first span that begins later
+        to_next = np.append(edges[:, 0], np.inf)[after] - middles
+        to_last = middles - np.append(-np.inf, edges[:, 1])[after]
+        far_s[:, column] = np.maximum(np.minimum(to_next, to_last), 0.0)
+    nobodys = (uncovered > 1 - 1e-6).all(axis=1)
+    uncovered[nobodys] = far_s[nobodys] > far_s[nobodys].min(axis=1, keepdims=True)
+    easy = [
+        later.start_s - word.end_s >= _BREATH_S or word.word.rstrip().endswith(SENTENCE_ENDS)
+        for word, later in zip(words, words[1:], strict=False)
+    ]
+    for word, column in zip(words, _cheapest(uncovered, np.where(easy, _EASY_CHANGE, _CHANGE)), strict=True):
+        word.speaker = speakers[column]
+
+
+def _cheapest(costs: np.ndarray, changes: np.ndarray) -> list[int]:
+    """The column of each row [rows, columns] of least sum, where `changes` [rows - 1] is paid between rows of different columns."""
+    best, came_from = costs[0], []
+    for row, change in zip(costs[1:], changes, strict=True):
+        other = int(best.argmin())
+        stays = best <= best[other] + change
+        came_from.append(np.where(stays, np.arange(len(best)), other))
+        best = np.where(stays, best, best[other] + change) + row
+    path = [int(best.argmin())]
+    for columns in reversed(came_from):
+        path.append(int(columns[path[-1]]))
+    return path[::-1]

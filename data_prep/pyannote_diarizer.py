@@ -61,7 +61,7 @@ class PyannoteDiarizer(Diarizer):
     @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on besides the configuration."""
-        return {"pipeline": self.source, "version": 1}
+        return {"pipeline": self.source, "version": 2}
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """As `Diarizer.diarize`; `activity` is not looked at, the pipeline has its own."""

@@ -15,7 +15,17 @@ from csm.config import SegmentConfig
 from csm.listening.transcripts import normalise_transcript
 from data_prep.failures import Rejected
 from data_prep.manifest import ManifestTurn, normalised
-from data_prep.transcript import Dropped, Transcript, Word, compression, mean_log_probability, runs_of_words, union
+from data_prep.transcript import (
+    QUESTION_MARKS,
+    SENTENCE_ENDS,
+    Dropped,
+    Transcript,
+    Word,
+    compression,
+    mean_log_probability,
+    runs_of_words,
+    union,
+)
 
 # What listeners say without taking the turn; English, and what Whisper writes for it.
 BACKCHANNELS = frozenset(
@@ -24,8 +34,6 @@ BACKCHANNELS = frozenset(
 _ENDS_S = 0.3  # before its end a speaker is heard to be ending: what comes then may be an answer
 _NEAR_S = 0.5  # a listener's noise comes while another speaks, or this shortly after
 _GOES_ON_S = 1.0  # and the other goes on this soon after it; else it was an answer
-_QUESTIONS = ("?", "？")
-_ENDINGS = (".", "!", "…", "。", "！", *_QUESTIONS)
 _SPACELESS = ("zh", "ja", "th", "lo", "my", "yue")  # Whisper's words are characters there
 _MIN_OVERLAP_S = 0.05  # shared by two turns: less is how exactly words' ends are known
 
@@ -139,7 +147,7 @@ def _is_backchannel(utterance: _Utterance, others: Sequence[_Utterance], config:
         if other.speaker == utterance.speaker or other.duration_s <= utterance.duration_s or other.start_s > utterance.start_s:
             continue
         latest = max((word for word in other.words if word.start_s <= utterance.start_s), key=lambda word: word.start_s)
-        if latest.word.strip().endswith(_QUESTIONS):  # this is the answer
+        if latest.word.strip().endswith(QUESTION_MARKS):  # this is the answer
             continue
         if utterance.start_s < other.end_s - _ENDS_S:
             return True
@@ -188,7 +196,7 @@ def _cut(utterance: _Utterance, config: SegmentConfig) -> list[_Utterance]:
     def worth(index: int) -> tuple[bool, float, float]:
         pause_s = words[index].start_s - words[index - 1].end_s
         middle_s = (utterance.start_s + utterance.end_s) / 2
-        return words[index - 1].word.strip().endswith(_ENDINGS), round(pause_s, 2), -abs(words[index].start_s - middle_s)
+        return words[index - 1].word.strip().endswith(SENTENCE_ENDS), round(pause_s, 2), -abs(words[index].start_s - middle_s)
 
     inner = [index for index in range(1, len(words)) if words[index].start_s - utterance.start_s <= config.max_turn_s] or [1]
     at = max(inner, key=worth)

@@ -24,7 +24,7 @@ from csm.listening.asr import find_packaged_whisper
 from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
 from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
-from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words
+from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words, wordless
 
 # What Whisper writes for sounds that are no speech: endings of the films and videos that it learnt from.
 _PHRASES = frozenset(
@@ -36,6 +36,9 @@ _PHRASE_LOG_PROBABILITY = -0.6  # a known phrase that is heard less surely than 
 _EARLY_S = {BASE_SHA256: 0.09}
 _PAUSE_S = 0.7  # what is believed or not is what is said between such pauses
 _SHORTEST_WORD_S = 0.04
+_MISSED_ROOM_S, _MISSED_S = 0.3, 0.5  # beyond this much around words, speech of this length should have some: it is read again
+_HEARD_AROUND_S = 0.2
+_SURE_LOG_PROBABILITY = -0.6  # of a second reading; on made talks a sentence passed over came at -0.04, what was made up below -1.0
 _LOUD_SHARE = 0.02  # of the loudest tenth of a second of a recording: quieter "speech" is cross-talk or hiss
 
 
@@ -57,7 +60,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 4, **self._reader.settings}
+        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 5, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.
@@ -68,7 +71,7 @@ class Transcriber:
         speech = find_speech(audio, self.config, self.device, activity)
         if not speech:
             return Transcript()
-        segments, language, probability = self._reader.read(audio, windows_of(speech, self.config))
+        segments, language, probability = self._reader.read(audio, windows_of(speech, self.config), self.config.language)
         early_s = _EARLY_S.get(self.digest, 0.0) if self._reader.times_by_attention else 0.0
         transcript = Transcript(language=language, language_probability=probability, speech=speech)
         for segment in segments:
@@ -77,15 +80,38 @@ class Transcriber:
                 transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ, early_s))
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
+        again = self._passed_over(audio, transcript)
+        transcript.segments += [snapped(segment, speech, len(audio) / RATE_HZ, early_s) for segment in again]
+        transcript.segments.sort(key=lambda segment: segment.start_s)
         return transcript
+
+    def _passed_over(self, audio: np.ndarray, transcript: Transcript) -> list[Segment]:
+        """What is said where the first reading has no word: in a long window Whisper leaves out whole sentences.
+
+        Each stretch is a window of its own now, and only what is heard surely is believed.
+        """
+        stretches = [stretch for stretch in wordless(transcript, _MISSED_ROOM_S) if stretch.duration_s >= _MISSED_S]
+        windows = [
+            Span(max(0.0, stretch.start_s - _HEARD_AROUND_S), min(len(audio) / RATE_HZ, stretch.end_s + _HEARD_AROUND_S))
+            for stretch in stretches
+            if stretch.duration_s <= self.config.max_window_s - 2 * _HEARD_AROUND_S
+        ]
+        if not windows:
+            return []
+        segments, _, _ = self._reader.read(audio, windows, transcript.language)
+        return [
+            segment
+            for segment in segments
+            if disbelief(segment, self.config) is None and mean_log_probability(segment.words) > _SURE_LOG_PROBABILITY
+        ]
 
 
 class _Reader(Protocol):
     settings: dict[str, Any]
     times_by_attention: bool  # Whisper's, not an aligner's
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[list[Segment], str | None, float]:
-        """(what is said in the windows, language, its probability)."""
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
+        """(what is said in the windows, language, its probability); a language of None is found out."""
 
 
 def _reader(source: str, config: TranscribeConfig, device: str) -> _Reader:
@@ -106,10 +132,10 @@ class _FasterWhisperReader:
         self.pipeline = BatchedInferencePipeline(_whisper(source, device, config.compute_type))
         self.settings = {"reader": f"faster-whisper {version('faster-whisper')}, ctranslate2 {version('ctranslate2')}"}
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[list[Segment], str | None, float]:
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
         found, info = self.pipeline.transcribe(
             audio,
-            language=self.config.language,
+            language=language,
             batch_size=self.config.batch_size,
             beam_size=self.config.beam_size,
             temperature=0.0,

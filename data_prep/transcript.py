@@ -13,6 +13,8 @@ from data_prep.failures import Rejected
 from data_prep.manifest import check_object
 
 NO_SPEAKER = -1
+QUESTION_MARKS = ("?", "？")
+SENTENCE_ENDS = (".", "!", "…", "。", "！", *QUESTION_MARKS)
 _UNHEARD_S = 1.0  # of speech that no word came of, from which it is reported
 _WORD_ROOM_S = 0.5  # of speech around a word, which is its own
 
@@ -128,10 +130,10 @@ def union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return joined
 
 
-def unheard(transcript: Transcript) -> list[Dropped]:
-    """Speech that no word came of, believed or not, as one entry: laughter, mumbling, what the recogniser passed over."""
+def wordless(transcript: Transcript, room_s: float = _WORD_ROOM_S) -> list[Span]:
+    """Stretches of speech that no word came of, believed or not; words take the room around them, too."""
     entries: list[Word | Dropped] = [*transcript.words, *transcript.dropped]
-    heard = union([(entry.start_s - _WORD_ROOM_S, entry.end_s + _WORD_ROOM_S) for entry in entries])
+    heard = union([(entry.start_s - room_s, entry.end_s + room_s) for entry in entries])
     stretches: list[Span] = []
     at = 0
     for span in transcript.speech:
@@ -146,6 +148,12 @@ def unheard(transcript: Transcript) -> list[Dropped]:
             reached_s = max(reached_s, end_s)
         if reached_s < span.end_s:
             stretches.append(Span(reached_s, span.end_s))
+    return stretches
+
+
+def unheard(transcript: Transcript) -> list[Dropped]:
+    """Speech that no word came of, as one entry: laughter, mumbling, what the recogniser passed over."""
+    stretches = wordless(transcript)
     total_s = sum(stretch.duration_s for stretch in stretches)
     if total_s < _UNHEARD_S:
         return []

@@ -76,9 +76,9 @@ class WhisperXReader:
             "aligner": aligners or "by language",
         }
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[list[Segment], str | None, float]:
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
         self.vad.windows = windows
-        language, probability = self._language(audio, windows[0])
+        language, probability = self._language(audio, windows[0]) if language is None else (language, 1.0)
         found = self.pipeline.transcribe(audio, batch_size=self.config.batch_size, language=language)["segments"]
         spoken = [(window, entry["text"]) for window, entry in zip(windows, found, strict=True) if entry["text"].strip()]
         aligner = load_aligner(language, self.config.aligner, self.device)
@@ -94,8 +94,8 @@ class WhisperXReader:
 
     def _language(self, audio: np.ndarray, window: Span) -> tuple[str, float]:
         model = self.pipeline.model
-        if self.config.language is not None or not model.model.is_multilingual:
-            return self.config.language or "en", 1.0
+        if not model.model.is_multilingual:
+            return "en", 1.0
         language, probability, _ = model.detect_language(_cut(audio, window))
         return language, float(probability)
 

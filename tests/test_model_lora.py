@@ -190,10 +190,11 @@ def test_peft_loads_our_adapter_on_our_export_and_gives_our_logits(kind: str, de
     ours = CSM(tiny_config(), seed=3).eval()
     codec = CodecWeights({**SMALL_MIMI, "model_type": "mimi"}, MimiModel(MimiConfig(**SMALL_MIMI)).state_dict())
     ours.save_pretrained(tmp_path / "base", layout="transformers", codec=codec)
-    config = AdapterConfig(kind=kind, rank=4, also_train=["text_embeddings"], decoder_rank=decoder_rank)
+    config = AdapterConfig(kind=kind, rank=4, also_train=["text_embeddings", "projection"], decoder_rank=decoder_rank)
     attach_adapter(ours, config)
     shake(ours)
     ours.text_embeddings.weight.data += 0.05
+    ours.projection.weight.data *= 1.1
     save_adapter(ours, tmp_path / "adapter", config, base=str(tmp_path / "base"))
 
     base = CsmForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)

@@ -16,7 +16,7 @@ from data_prep.diarize import Diarizer, assign_speakers
 from data_prep.script import VOICES
 from data_prep.synthesis import Synthesizer, random_for
 from data_prep.transcribe import Transcriber, disbelief, find_speech, windows_of
-from data_prep.transcript import Segment, Span, Transcript, Word
+from data_prep.transcript import NO_SPEAKER, Segment, Span, SpeakerSpan, Transcript, Word
 from tests.test_prep_conversations import LINES
 
 
@@ -58,6 +58,27 @@ def test_words_are_heard_with_the_times_at_which_they_are_said(talk, transcriber
     assert all(before.end_s <= after.start_s + 0.1 for before, after in zip(transcript.words, transcript.words[1:], strict=False))
 
 
+def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, transcriber, monkeypatch):
+    audio, truth = talk
+    start_s, end_s, _ = truth[4]
+    first = transcriber.transcribe(audio)
+    read, windows_read = transcriber._reader.read, []
+
+    def forgetful(audio, windows, language):
+        segments, language, probability = read(audio, windows, language)
+        windows_read.append(list(windows))
+        if len(windows_read) == 1:
+            kept = [[word for word in segment.words if not start_s - 0.2 < word.start_s < end_s] for segment in segments]
+            segments = [Segment(words, 0.0) for words in kept if words]
+        return segments, language, probability
+
+    monkeypatch.setattr(transcriber._reader, "read", forgetful)
+    again = transcriber.transcribe(audio)
+    assert any(start_s - 0.5 < window.start_s < window.end_s < end_s + 0.5 for window in windows_read[1])
+    assert [word.word.strip().lower() for word in again.words] == [word.word.strip().lower() for word in first.words]
+    assert [word.start_s for word in again.words] == sorted(word.start_s for word in again.words)
+
+
 @pytest.mark.parametrize("sound", ["silence", "noise", "tone", "chords"])
 def test_no_word_is_heard_where_nobody_speaks(sound, transcriber):
     time_s = np.arange(30 * 16_000) / 16_000
@@ -79,6 +100,30 @@ def test_two_voices_are_two_speakers_and_words_are_given_to_them(talk):
     transcript.segments = [Segment(words, 0.0)]
     assign_speakers(transcript)
     assert [word.speaker for word in words] == [speaker for _, _, speaker in truth]
+
+
+def given(speakers: list[SpeakerSpan], *words: tuple[str, float, float]) -> list[int]:
+    made = [Word(f" {text}", start_s, end_s, 1.0) for text, start_s, end_s in words]
+    assign_speakers(Transcript(segments=[Segment(made, 0.0)], speakers=speakers))
+    return [word.speaker for word in made]
+
+
+def test_words_that_two_speakers_cover_go_with_those_around_them():
+    talk = [SpeakerSpan(0, 1.5, 3.0), SpeakerSpan(1, 0.0, 2.0)]  # 1 begins, 0 comes in before 1 has ended
+    words = [("so", 0.0, 0.4), ("then", 0.5, 0.9), ("again", 1.0, 1.4), ("sure.", 1.55, 1.9), ("why", 2.2, 2.4), ("not", 2.4, 2.9)]
+    assert given(talk, *words) == [1, 1, 1, 1, 0, 0], "the sentence's end is where the speakers change"
+    assert given([SpeakerSpan(0, 0.0, 1.05), SpeakerSpan(1, 1.05, 3.0)], ("a", 0.0, 0.5), ("b", 1.0, 1.4), ("c", 1.5, 2.0)) == [0, 1, 1]
+
+
+def test_a_word_in_another_speakers_words_is_that_speakers_where_the_spans_say_so():
+    talk = [SpeakerSpan(0, 0.0, 1.0), SpeakerSpan(1, 1.0, 1.5), SpeakerSpan(0, 1.5, 3.0)]
+    assert given(talk, ("one", 0.5, 1.0), ("yes", 1.0, 1.5), ("two", 1.5, 2.0)) == [0, 1, 0]
+
+
+def test_a_word_outside_of_all_spans_is_the_nearest_speakers():
+    talk = [SpeakerSpan(0, 0.0, 1.0), SpeakerSpan(1, 3.0, 4.0)]
+    assert given(talk, ("a", 1.1, 1.3), ("b", 2.7, 2.9), ("c", 5.0, 5.2)) == [0, 1, 1]
+    assert given([], ("a", 0.0, 1.0)) == [NO_SPEAKER]
 
 
 def test_one_voice_is_one_speaker_and_silence_is_nobody(talk):

@@ -95,7 +95,7 @@ def test_an_aligner_given_as_a_folder_times_the_words(talk, tmp_path):
     reader = WhisperXReader(whisper, TranscribeConfig(language="en", aligner=str(tmp_path)), "cpu", 0.7)
     assert reader.settings["aligner"] == [str(tmp_path)]
     duration_s = len(talk[0]) / 24_000
-    segments, _, _ = reader.read(soxr.resample(talk[0], 24_000, 16_000).astype(np.float32), [Span(0.0, duration_s)])
+    segments, _, _ = reader.read(soxr.resample(talk[0], 24_000, 16_000).astype(np.float32), [Span(0.0, duration_s)], None)
     words = [word for segment in segments for word in segment.words]
     assert len(words) >= 10 and all(0 <= word.start_s <= word.end_s <= duration_s for word in words)
     assert all(before.start_s <= after.start_s for before, after in zip(words, words[1:], strict=False))
