@@ -48,9 +48,9 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data.path={data}",
         f"run_dir={run_dir}",
         f"trainer.max_steps={NUM_STEPS}",
-        "trainer.checkpoint_every=400",
-        "trainer.validate_every=400",
-        "trainer.sample_every=400",
+        "trainer.checkpoint_every=500",
+        "trainer.validate_every=500",
+        "trainer.sample_every=500",
         "trainer.sample_texts=[seven four two]",
         "optim.lr=2e-3",
     ]
