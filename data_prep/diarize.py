@@ -19,7 +19,7 @@ from csm.config import DiarizeConfig
 from csm.listening.campplus import CampplusEncoder
 from csm.listening.speaker import unit
 from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
-from data_prep.transcript import NO_SPEAKER, SENTENCE_ENDS, Span, SpeakerSpan, Transcript, union
+from data_prep.transcript import NO_SPEAKER, SENTENCE_ENDS, Span, SpeakerSpan, Transcript, Word, union
 
 _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
 # Two in a row for a word of another in between are less than that word, 1. On made talks anything from 0.3 to 1.2 gave the same.
@@ -240,27 +240,33 @@ def assign_speakers(transcript: Transcript) -> None:
     if not words or not transcript.speakers:
         return
     speakers = sorted({span.speaker for span in transcript.speakers})
-    starts, ends = np.array([word.start_s for word in words]), np.array([word.end_s for word in words])
-    uncovered, far_s = np.empty((len(words), len(speakers))), np.empty((len(words), len(speakers)))
-    for column, speaker in enumerate(speakers):
-        edges = np.array(union([(span.start_s, span.end_s) for span in transcript.speakers if span.speaker == speaker]))
-        spoken_s = np.repeat(np.cumsum(edges[:, 1] - edges[:, 0]), 2)  # up to each edge
-        spoken_s[0::2] -= edges[:, 1] - edges[:, 0]
-        shared_s = np.interp(ends, edges.ravel(), spoken_s) - np.interp(starts, edges.ravel(), spoken_s)
-        uncovered[:, column] = 1 - shared_s / np.maximum(ends - starts, 1e-3)
-        middles = (starts + ends) / 2
-        after = np.searchsorted(edges[:, 0], middles)  # the first span that begins later
-        to_next = np.append(edges[:, 0], np.inf)[after] - middles
-        to_last = middles - np.append(-np.inf, edges[:, 1])[after]
-        far_s[:, column] = np.maximum(np.minimum(to_next, to_last), 0.0)
-    nobodys = (uncovered > 1 - 1e-6).all(axis=1)
-    uncovered[nobodys] = far_s[nobodys] > far_s[nobodys].min(axis=1, keepdims=True)
     easy = [
         later.start_s - word.end_s >= _BREATH_S or word.word.rstrip().endswith(SENTENCE_ENDS)
         for word, later in zip(words, words[1:], strict=False)
     ]
-    for word, column in zip(words, _cheapest(uncovered, np.where(easy, _EASY_CHANGE, _CHANGE)), strict=True):
+    columns = _cheapest(_word_costs(words, transcript.speakers, speakers), np.where(easy, _EASY_CHANGE, _CHANGE))
+    for word, column in zip(words, columns, strict=True):
         word.speaker = speakers[column]
+
+
+def _word_costs(words: Sequence[Word], spans: Sequence[SpeakerSpan], speakers: Sequence[int]) -> np.ndarray:
+    """What each word costs each speaker, [words, speakers], as `assign_speakers` says."""
+    starts, ends = np.array([word.start_s for word in words]), np.array([word.end_s for word in words])
+    middles = (starts + ends) / 2
+    uncovered, far_s = np.empty((len(words), len(speakers))), np.empty((len(words), len(speakers)))
+    for column, speaker in enumerate(speakers):
+        begun_s, ended_s = np.array(union([(span.start_s, span.end_s) for span in spans if span.speaker == speaker])).T
+        edges = np.stack((begun_s, ended_s), axis=1).ravel()
+        until_s = np.cumsum(ended_s - begun_s)  # spoken up to each end
+        spoken_s = np.stack((until_s - (ended_s - begun_s), until_s), axis=1).ravel()
+        shared_s = np.interp(ends, edges, spoken_s) - np.interp(starts, edges, spoken_s)
+        uncovered[:, column] = 1 - shared_s / np.maximum(ends - starts, 1e-3)
+        later = np.searchsorted(begun_s, middles)  # the first span that begins later
+        to_next, to_last = np.append(begun_s, np.inf)[later] - middles, middles - np.append(-np.inf, ended_s)[later]
+        far_s[:, column] = np.maximum(np.minimum(to_next, to_last), 0.0)
+    nobodys = (uncovered > 1 - 1e-6).all(axis=1)
+    uncovered[nobodys] = far_s[nobodys] > far_s[nobodys].min(axis=1, keepdims=True)
+    return uncovered
 
 
 def _cheapest(costs: np.ndarray, changes: np.ndarray) -> list[int]:

@@ -26,9 +26,8 @@ class LowRank(nn.Module):
     which begins as the row's own.
     """
 
-    def __init__(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator | None, *, rank: int | None = None) -> None:
+    def __init__(self, weight: Tensor, rank: int, config: AdapterConfig, generator: torch.Generator | None) -> None:
         super().__init__()
-        rank = rank or config.rank
         out_features, in_features = weight.shape
         # Factors are float32 whatever the weight is: steps of 1e-4 are lost in bfloat16.
         place = {"device": weight.device, "dtype": torch.float32}
@@ -159,7 +158,7 @@ def attach_adapter(model: CSM, config: AdapterConfig, seed: int = 0, name: str =
         adapted = _adapted(model, place, module)
         if name in adapted.adapters:
             raise ValueError(f"adapter {name!r}: the model already has one of that name")
-        adapted.adapters[name] = LowRank(adapted.weight, config, generator, rank=_rank(place, config)).train(adapted.training)
+        adapted.adapters[name] = LowRank(adapted.weight, _rank(place, config), config, generator).train(adapted.training)
         adapted.active = name
     wholes = _wholes(model)
     wholes.switch(model, None)  # what is trained whole begins as the base's

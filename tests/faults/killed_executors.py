@@ -101,9 +101,7 @@ def on_slurm(work: Path, overrides: list[str]) -> dict[str, object]:
     return {"slices_killed": slices_killed, "before": before, "again": again, "after": done_units(output)}
 
 
+WAYS = {"ray": on_ray, "ray_without_token": on_ray_without_token, "slurm": on_slurm}
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {"ray": on_ray, "ray_without_token": on_ray_without_token, "slurm": on_slurm}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
-        )
-    )
+    print(json.dumps(WAYS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])))
