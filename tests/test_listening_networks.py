@@ -69,11 +69,13 @@ def test_who_cannot_be_had_is_named_with_the_way_to_get_it() -> None:
 
 
 @pytest.mark.slow
-def test_noise_costs_naturalness_and_loudness_does_not(demo_corpus_small: Path) -> None:
+@pytest.mark.parametrize("name", ["dnsmos", "distillmos"])
+def test_noise_costs_naturalness_and_loudness_does_not(name: str, demo_corpus_small: Path) -> None:
     from csm.evaluation.suites import read_suites
 
     clip = read_suites(demo_corpus_small / "heldout", context=False)["single"][0].audio
-    (model,), _ = load_mos_models(["dnsmos"])
+    (model,), missing = load_mos_models([name])
+    assert missing == {} and len(model.describe()["sha256"]) == 64
     noise = 0.03 * np.random.default_rng(0).standard_normal(len(clip)).astype(np.float32)
     assert model.score(clip) > model.score(clip + noise) + 0.3
     assert model.score(clip) == pytest.approx(model.score(0.1 * clip), abs=0.05)

@@ -1,16 +1,18 @@
 """How natural and clean a clip sounds, by networks that learnt from people's scores, 1 to 5.
 
 DNSMOS is heard by the network of the `speechmos` wheel (Microsoft, MIT), run by onnxruntime; the package around it would
-bring librosa and numba to do the same. DistillMOS is its package's own code and weights, where that can be imported.
+bring librosa and numba to do the same. DistillMOS is its package's own network and weights (Microsoft, MIT).
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from csm.listening.acoustics import is_silent, resample
 from csm.packaged import check_digest, packaged_file
 
 DNSMOS_SHA256 = "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
+DISTILLMOS_SHA256 = "b18b3ac60227267cfb91e5d00ce22cc7b73716fd92f269484da1446e27031a40"
 DNSMOS_S = 9.05  # a little more than the 9.01 s that the network hears
 LEVEL_DB = -26.0  # root mean square of every clip that is scored: 20 dB less cost 0.36 of a score, and loudness is no nature
 _RATE_HZ, _DNSMOS_SAMPLES = 16_000, 144_160
@@ -67,15 +70,14 @@ class DistillMos:
     name = "distillmos"
 
     def __init__(self) -> None:
-        import contextlib
-        import io
+        import torch
 
-        import distillmos
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells where its weights lie
-            self._model = distillmos.ConvTransformerSQAModel().eval()
-        weights = Path(distillmos.__file__).parent / "weights/distill_mos_v7.pt"
-        self._digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        weights = packaged_file("distillmos", "distillmos/weights/distill_mos_v7.pt")
+        if weights is None:
+            raise FileNotFoundError("no DistillMOS here")
+        self._digest = check_digest(weights, DISTILLMOS_SHA256, "distillmos==0.9.1")
+        self._model = _distillmos().ConvTransformerSQAModel(load_weights=False).eval()
+        self._model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
 
     def score(self, audio: np.ndarray) -> float | None:
         import torch
@@ -89,10 +91,23 @@ class DistillMos:
         return {"name": self.name, "package": f"distillmos {version('distillmos')}", "sha256": self._digest}
 
 
+def _distillmos() -> Any:
+    """The package. It names torchaudio, for its reader of files, which we do not use: where there is none for this torch, an empty one."""
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError):  # OSError: built for another torch
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
+        try:
+            return importlib.import_module("distillmos")
+        finally:
+            del sys.modules["torchaudio"]
+    return importlib.import_module("distillmos")
+
+
 _MODELS: dict[str, type[Dnsmos] | type[DistillMos]] = {"dnsmos": Dnsmos, "distillmos": DistillMos}
 _HOW_TO_GET = {
     "dnsmos": "pip install --no-deps speechmos==0.0.1.1",
-    "distillmos": "pip install distillmos==0.9.1, with the torchaudio of your torch (there was none for torch 2.13 when this was written)",
+    "distillmos": "pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0",
     "utmos": "its weights are a pickle fetched by torch.hub, which we do not open; score the clips with its own program",
 }
 NAMES = tuple(_HOW_TO_GET)
