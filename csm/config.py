@@ -537,7 +537,7 @@ class TranscribeConfig:
         _require(
             0 < self.speech_offset <= self.speech_onset < 1, "transcribe.speech_offset", self.speech_offset, "above 0, at most speech_onset"
         )
-        _require(0 < self.max_window_s <= 30, "transcribe.max_window_s", self.max_window_s, "at most 30 seconds")
+        _require(1 <= self.max_window_s <= 30, "transcribe.max_window_s", self.max_window_s, "1 to 30 seconds")
         _require(self.batch_size > 0, "transcribe.batch_size", self.batch_size, "a positive number")
         _require(self.beam_size > 0, "transcribe.beam_size", self.beam_size, "a positive number")
 

@@ -60,7 +60,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 5, **self._reader.settings}
+        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 6, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.
@@ -91,13 +91,10 @@ class Transcriber:
         Each stretch is a window of its own now, and only what is heard surely is believed.
         """
         stretches = [stretch for stretch in wordless(transcript, _MISSED_ROOM_S) if stretch.duration_s >= _MISSED_S]
-        windows = [
-            Span(max(0.0, stretch.start_s - _HEARD_AROUND_S), min(len(audio) / RATE_HZ, stretch.end_s + _HEARD_AROUND_S))
-            for stretch in stretches
-            if stretch.duration_s <= self.config.max_window_s - 2 * _HEARD_AROUND_S
-        ]
-        if not windows:
+        if not stretches:
             return []
+        parts = [part for stretch in stretches for part in _cut(stretch, self.config.max_window_s - 2 * _HEARD_AROUND_S)]
+        windows = _padded(parts, _HEARD_AROUND_S, len(audio) / RATE_HZ)
         segments, _, _ = self._reader.read(audio, windows, transcript.language)
         return [
             segment
@@ -175,7 +172,12 @@ def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu"
         else:
             joined.append(span)
     loud = [span for span in joined if span.duration_s >= config.min_speech_s and _is_loud(audio, span)]
-    padded = [Span(max(0.0, span.start_s - config.pad_s), min(duration_s, span.end_s + config.pad_s)) for span in loud]
+    return _padded(loud, config.pad_s, duration_s)
+
+
+def _padded(spans: Sequence[Span], pad_s: float, duration_s: float) -> list[Span]:
+    """With room before and after, inside of the recording; those that would overlap meet in the middle."""
+    padded = [Span(max(0.0, span.start_s - pad_s), min(duration_s, span.end_s + pad_s)) for span in spans]
     for before, after in zip(padded, padded[1:], strict=False):
         if after.start_s < before.end_s:
             before.end_s = after.start_s = (before.end_s + after.start_s) / 2
@@ -192,14 +194,18 @@ def windows_of(speech: Sequence[Span], config: TranscribeConfig) -> list[Span]:
     """Stretches of speech joined to windows of at most `max_window_s`, cut in silences; a longer stretch is cut evenly."""
     windows: list[Span] = []
     for span in speech:
-        num_parts = int(np.ceil(span.duration_s / config.max_window_s))
-        edges = np.linspace(span.start_s, span.end_s, num_parts + 1)
-        for start_s, end_s in zip(edges, edges[1:], strict=False):
-            if windows and end_s - windows[-1].start_s <= config.max_window_s:
-                windows[-1].end_s = float(end_s)
+        for part in _cut(span, config.max_window_s):
+            if windows and part.end_s - windows[-1].start_s <= config.max_window_s:
+                windows[-1].end_s = part.end_s
             else:
-                windows.append(Span(float(start_s), float(end_s)))
+                windows.append(part)
     return windows
+
+
+def _cut(span: Span, longest_s: float) -> list[Span]:
+    """Even parts of a stretch, none longer than that."""
+    edges = np.linspace(span.start_s, span.end_s, int(np.ceil(span.duration_s / longest_s)) + 1).tolist()
+    return [Span(start_s, end_s) for start_s, end_s in zip(edges, edges[1:], strict=False)]
 
 
 def disbelief(segment: Segment, config: TranscribeConfig) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, trans
     assert any(start_s - 0.5 < window.start_s < window.end_s < end_s + 0.5 for window in windows_read[1])
     assert [word.word.strip().lower() for word in again.words] == [word.word.strip().lower() for word in first.words]
     assert [word.start_s for word in again.words] == sorted(word.start_s for word in again.words)
+
+
+def test_what_is_read_again_fits_a_window_and_nothing_of_it_is_left_out(talk, transcriber, monkeypatch):
+    audio, _ = talk
+    read, windows_read = transcriber._reader.read, []
+
+    def mute(audio, windows, language):
+        windows_read.append(list(windows))
+        return ([], "en", 1.0) if len(windows_read) == 1 else read(audio, windows, language)
+
+    monkeypatch.setattr(transcriber._reader, "read", mute)
+    monkeypatch.setattr(transcriber, "config", replace(transcriber.config, max_window_s=1.4))
+    speech = transcriber.transcribe(audio).speech
+    assert any(span.duration_s > 1.4 for span in speech), "the talk has a stretch longer than a window"
+    assert all(window.duration_s <= 1.4 + 1e-6 for window in windows_read[1])
+    heard_s = sum(window.duration_s for window in windows_read[1])
+    assert heard_s <= len(audio) / 16_000, "none of it twice: faster-whisper refuses more windows than there is recording"
+    assert heard_s >= sum(span.duration_s for span in speech if span.duration_s >= 0.5)
 
 
 @pytest.mark.parametrize("sound", ["silence", "noise", "tone", "chords"])
