@@ -788,11 +788,11 @@ class PrepPlanConfig:
     num_codebooks: int = 32
     keep_audio: bool = False
     unit_min: float = 30.0  # as in python -m data_prep
-    # Measured here: one core of a shared Xeon with AVX-512; measure your own on an hour.
-    ingest_x: float = 370.0  # decoding, resampling, loudness; done in each of three stages
-    transcribe_x: float = 6.0  # speech, Whisper base in int8, speakers, on dense conversations (benchmarks/results/prep_accuracy.md)
-    dnsmos_x: float = 3.0  # of the 54 s of a recording that are looked at
-    encode_x: float = 6.5  # Mimi in float32
+    # Measured here (benchmarks/results/prep.md), of a Xeon and an EPYC with AVX-512 the slower; measure your own on an hour.
+    ingest_x: float = 400.0  # decoding, resampling, loudness; done in each of three stages
+    transcribe_x: float = 5.3  # speech, Whisper base in int8, speakers, on dense conversations
+    dnsmos_x: float = 24.0  # of the 54 s of a recording that are looked at
+    encode_x: float = 9.0  # the stage: Mimi in float32 on what is kept
     # Estimated from what others publish for an H100, never run here: 11,500 GPU-hours of Whisper and 9,500 of pyannote a million hours.
     transcribe_gpu_x: float = 48.0
     sample_mb_per_hour: float = 1.24  # JSON of samples, words included; measured on short dialogue
