@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_watermark_benchmark_searches_marked_and_clean_clips_and_writes_its_table(demo_corpus_small, tmp_path):
     pytest.importorskip("av", reason="pip install -e '.[eval]'")
     output = tmp_path / "watermark.md"

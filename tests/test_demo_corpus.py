@@ -39,6 +39,7 @@ def digits_in(text: str) -> str:
     return "".join(str(DIGITS.index(word)) for word in text.split() if word in DIGITS)
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes_as_one(demo_corpus_small: Path, tmp_path: Path) -> None:
     output = build_demo(dataclasses.replace(TINY, output=str(tmp_path / "again"), num_workers=2))
     ours, theirs = read_all(output), read_all(demo_corpus_small)
@@ -176,6 +177,7 @@ def test_index_stage_restores_a_data_folder(demo_corpus_small: Path, tmp_path: P
     assert read_all(folder) == read_all(demo_corpus_small)
 
 
+@pytest.mark.slow
 def test_the_codec_keeps_a_fifth_voice_as_well_as_the_four(demo_corpus_small: Path) -> None:
     """Fitted to the four alone, it took a stranger's spectra 17% further off than theirs."""
     codec, synthesizer = codec_from_folder(demo_corpus_small / "codec"), Synthesizer()

@@ -130,6 +130,7 @@ def test_full_and_dora_runs_differ_in_what_they_learn_only(config: FinetuneConfi
     assert summary["nats"]["new"]["result"]["c0"] < summary["nats"]["new"]["base"]["c0"]
 
 
+@pytest.mark.slow
 def test_recordings_are_prepared_with_the_bases_tools_for_the_asked_speaker(config: FinetuneConfig, recordings: Path, small_codec) -> None:
     data = replace(config.data, path=str(recordings))
     run_dir = finetune(replace(config, data=data, speaker=1, val_share=0.3))
@@ -177,6 +178,7 @@ def test_recordings_without_texts_are_transcribed_into_words_the_base_knows(conf
     assert len(turns) >= 4 and all(set(turn.text.split()) <= digits for turn in turns), [turn.text for turn in turns]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "none"])
 def test_a_voice_gets_a_number_of_its_own_and_old_ones_keep_theirs(
     config: FinetuneConfig, recordings: Path, talks: Path, speaking_checkpoint: Path, word_tokenizer, kind: str
@@ -203,6 +205,7 @@ def test_a_voice_gets_a_number_of_its_own_and_old_ones_keep_theirs(
     Generator.from_pretrained(run_dir, watermark="off").generate_codes("one two", speaker=4, max_duration_s=0.5)
 
 
+@pytest.mark.slow
 def test_replayed_turns_are_learnt_from_and_never_validated_on(config: FinetuneConfig, recordings: Path, talks: Path) -> None:
     settings = replace(config, data=replace(config.data, path=str(recordings)), val_share=0.3, keep=str(talks), replay=0.25)
     run_dir = finetune(settings)

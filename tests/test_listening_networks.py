@@ -47,6 +47,7 @@ def test_the_pronunciation_that_lies_in_what_was_heard(heard: str, expected: int
     assert nearest_pronunciation(heard.split(), ["l iː d".split(), "l ɛ d".split()]) == expected
 
 
+@pytest.mark.slow
 def test_phonemes_are_the_network_s_own_greedy_path(phoneme_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recogniser = PhonemeRecogniser(str(phoneme_network))
     audio = (0.1 * np.random.default_rng(0).standard_normal(24_000)).astype(np.float32)

@@ -166,6 +166,7 @@ def test_merge_before_all_is_done_lists_what_is_and_says_so(
     assert content(tmp_path) == content(undisturbed)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_bytes_and_one_killed_is_replaced(settings: Callable, undisturbed: Path, tmp_path: Path) -> None:
     def kill_one() -> None:
         while not multiprocessing.active_children():
@@ -202,6 +203,7 @@ class _Killed:
         return counted
 
 
+@pytest.mark.slow
 def test_killed_before_any_call_and_run_again_gives_the_same_bytes_and_redoes_nothing(settings: Callable, tmp_path: Path) -> None:
     """Killed before the first call that changes the disk, before the second, and so on to the end."""
     recordings = write_recordings(tmp_path / "in", num_each=2)
@@ -233,6 +235,7 @@ def test_killed_before_any_call_and_run_again_gives_the_same_bytes_and_redoes_no
     assert 50 < point < 999 and num_kept > 50
 
 
+@pytest.mark.slow
 def test_killed_command_run_again_gives_the_same_bytes(recordings: Path, checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     arguments = [
         "prep=turns", f"input={recordings}", f"output={tmp_path / 'out'}", "num_workers=1", "unit_min=0.08", "val_share=0.2",

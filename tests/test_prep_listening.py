@@ -80,6 +80,7 @@ def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, trans
     assert [word.start_s for word in again.words] == sorted(word.start_s for word in again.words)
 
 
+@pytest.mark.slow
 def test_what_is_read_again_fits_a_window_and_nothing_of_it_is_left_out(talk, transcriber, monkeypatch):
     audio, _ = talk
     read, windows_read = transcriber._reader.read, []
@@ -152,6 +153,7 @@ def test_one_voice_is_one_speaker_and_silence_is_nobody(talk):
     assert Diarizer(DiarizeConfig()).diarize(np.zeros(32_000, np.float32)) == []
 
 
+@pytest.mark.slow
 def test_long_recordings_are_clustered_in_parts_that_are_linked(talk, monkeypatch):
     audio, _ = talk
     whole = Diarizer(DiarizeConfig()).diarize(np.tile(audio, 3))

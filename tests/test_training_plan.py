@@ -61,6 +61,7 @@ def test_plan_is_whole_on_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
     assert max(len(line) for line in said.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_checkpointing_and_bfloat16_take_less_memory() -> None:
     config = PlanConfig(model=_model("csm_small"), precision="32", seq_len=2048, rows=2)
     plain = count_activations(config, activation_checkpointing=False, rows=2)
@@ -69,6 +70,7 @@ def test_checkpointing_and_bfloat16_take_less_memory() -> None:
     assert count_activations(config, activation_checkpointing=False, rows=2) < 0.75 * plain
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_fit_is_said_so() -> None:
     plan = make_plan(PlanConfig(model=_model("csm_8b"), devices=1, seq_len=256, memory_gib=24))
     assert all(row.rows_that_fit == 0 for row in plan.memory if row.strategy != "zero3_offload")

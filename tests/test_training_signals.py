@@ -60,6 +60,7 @@ def test_a_signal_to_a_forked_worker_asks_nothing_of_it() -> None:
         assert os.waitpid(pid, 0)[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_run_stopped_by_a_signal_is_saved_and_says_so_by_its_status(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

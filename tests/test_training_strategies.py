@@ -97,6 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the same numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp_sgd", "zero1_sgd", "zero2_sgd", "zero3_sgd", "ddp", *STAGES])
 def test_two_processes_lose_what_one_does(name: str, runs: Path) -> None:
     one = runs / ("one_sgd" if name.endswith("_sgd") else "one")
@@ -107,6 +108,7 @@ def test_two_processes_lose_what_one_does(name: str, runs: Path) -> None:
     assert _largest_difference(runs / name, one, "val/loss") < 1e-5
 
 
+@pytest.mark.slow
 def test_weights_agree_with_ddps(runs: Path) -> None:
     # SGD: sums in another order. AdamW divides by the root of squares, where gradients near 0 count as much as others.
     for suffix, stages, tolerance in (("_sgd", STAGES[:3], 1e-7), ("", STAGES, 1e-4)):  # measured: 4e-9 and 8e-6
@@ -116,10 +118,12 @@ def test_weights_agree_with_ddps(runs: Path) -> None:
                 assert torch.allclose(weight, expected[name], rtol=0, atol=tolerance), f"{stage}{suffix} {name}"
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing_under_zero3(runs: Path) -> None:
     assert (runs / "zero3_recomputing/metrics.csv").read_bytes() == (runs / "zero3/metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero1", "zero3", "zero3_offload"])
 def test_a_dropped_step_leaves_no_gradient_behind(name: str, runs: Path) -> None:
     assert int(_rows(runs / "one_skipping")[20]["skipped"]) > 2
@@ -129,6 +133,7 @@ def test_a_dropped_step_leaves_no_gradient_behind(name: str, runs: Path) -> None
     assert _largest_difference(runs / f"{name}_skipping", runs / "one_skipping", "train/loss") < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_have_float32_ones_beside_them(runs: Path) -> None:
     for name in ("zero2_bf16", "zero3_bf16"):
         assert _largest_difference(runs / name, runs / "one", "train/loss") < 0.02  # bfloat16 has 8 bits; measured: 0.002
@@ -143,6 +148,7 @@ def test_bfloat16_weights_have_float32_ones_beside_them(runs: Path) -> None:
 # ---- going on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero3_resumed", "zero3_bf16_resumed"])
 def test_run_resumed_at_two_processes_is_the_uninterrupted_one_bit_for_bit(name: str, runs: Path) -> None:
     whole = runs / name.removesuffix("_resumed")
@@ -152,6 +158,7 @@ def test_run_resumed_at_two_processes_is_the_uninterrupted_one_bit_for_bit(name:
         assert (runs / name / path).read_bytes() == (whole / path).read_bytes(), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "whole"),
     [
@@ -168,11 +175,13 @@ def test_any_number_of_processes_and_any_strategy_goes_on(name: str, whole: str,
         assert _largest_difference(runs / name, runs / whole, column) < 1e-5  # measured: 1e-6
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_optimizer_is_refused(runs: Path) -> None:
     stopped = (runs / "sgd_to_adamw.stopped").read_text()
     assert "was trained with optim=sgd, this run has optim=adamw" in stopped
 
 
+@pytest.mark.slow
 def test_full_disk_stops_all_processes_with_one_message(runs: Path) -> None:
     stopped = (runs / "full_disk.stopped").read_text()
     assert "step_000010 could not be written: No space left on device" in stopped and "\n" not in stopped
@@ -181,6 +190,7 @@ def test_full_disk_stops_all_processes_with_one_message(runs: Path) -> None:
 # ---- what lies on disk
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_each_number_once_and_a_model_to_load(runs: Path) -> None:
     for name in STAGES:
         folder = runs / name / "checkpoints/step_000020"
@@ -193,6 +203,7 @@ def test_checkpoint_holds_each_number_once_and_a_model_to_load(runs: Path) -> No
         assert ZeroFiles(folder).num_updates == 20
 
 
+@pytest.mark.slow
 def test_torn_and_mixed_checkpoints_are_named(runs: Path, tmp_path: Path) -> None:
     source = runs / "zero3/checkpoints"
     mixed = tmp_path / "step_000020"
@@ -217,6 +228,7 @@ def test_pieces_with_a_gap_are_refused(tmp_path: Path) -> None:
         ZeroFiles(tmp_path / "step_000001")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["csm", "sesame", "transformers"])
 def test_export_puts_the_float32_weights_together(layout: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert csm_command(["export", str(runs / "zero3_bf16"), str(tmp_path / "out"), "--layout", layout]) == 0
@@ -226,6 +238,7 @@ def test_export_puts_the_float32_weights_together(layout: str, runs: Path, tmp_p
     assert all(torch.equal(exported[name], master[name][2]()) for name in exported)
 
 
+@pytest.mark.slow
 def test_export_of_a_float32_run_is_the_checkpoints_own_file(runs: Path, tmp_path: Path) -> None:
     for name in STAGES:
         csm_command(["export", str(runs / name), str(tmp_path / name), "--layout", "csm"])
@@ -233,6 +246,7 @@ def test_export_of_a_float32_run_is_the_checkpoints_own_file(runs: Path, tmp_pat
         assert (tmp_path / name / "model.safetensors").read_bytes() == own.read_bytes()
 
 
+@pytest.mark.slow
 def test_export_needs_memory_for_a_few_tensors_only(tmp_path: Path) -> None:
     shape = {"num_layers": 24, "width": 512, "num_heads": 8, "num_kv_heads": 4, "ffn_width": 1536}
     config = ModelConfig(name="larger", num_codebooks=4, audio_vocab_size=33)
@@ -289,6 +303,7 @@ def _filled(numel: int, value: float) -> Callable[[], torch.Tensor]:
 # ---- as a user types it
 
 
+@pytest.mark.slow
 def test_train_py_runs_zero2_in_two_processes_it_starts_itself(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     overrides = [*TINY, "trainer=zero2", "trainer.devices=2", "data.rows_per_batch=2", "trainer.max_steps=2", f"run_dir={tmp_path / 'out'}"]

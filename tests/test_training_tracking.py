@@ -168,6 +168,7 @@ def plain(terminal: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.replace("\r", "\n"))
 
 
+@pytest.mark.slow
 def test_record_holds_every_metric_at_every_step(runs: Runs) -> None:
     first, second = (history(path) for path in parts_of(runs.folder))
     expected = {"step", "train/loss", "train/c0", "train/depth", "lr", "grad_norm", "hours_heard", "useful_share", "skipped", "bad_samples"}
@@ -193,6 +194,7 @@ def test_record_holds_every_metric_at_every_step(runs: Runs) -> None:
     assert 0.05 < numbers["memory_gib"] < 8
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_in_its_record(runs: Runs) -> None:
     first, second = parts_of(runs.folder)
     assert first.name == second.name
@@ -203,6 +205,7 @@ def test_resumed_run_goes_on_in_its_record(runs: Runs) -> None:
     assert [record.exit.exit_code for record in read_wandb(second) if record.WhichOneof("record_type") == "exit"] == [0]
 
 
+@pytest.mark.slow
 def test_record_holds_the_configuration_and_the_best_validation(runs: Runs) -> None:
     config, summary = {}, {}
     for record in read_wandb(parts_of(runs.folder)[1]):
@@ -219,6 +222,7 @@ def test_record_holds_the_configuration_and_the_best_validation(runs: Runs) -> N
     assert (summary["best/step"], summary["best/val_loss"]) == (best, pytest.approx(losses[best]))
 
 
+@pytest.mark.slow
 def test_record_holds_a_table_of_playable_audio_and_spectrograms(runs: Runs) -> None:
     tables = []
     for path in parts_of(runs.folder):
@@ -243,6 +247,7 @@ def test_record_holds_a_table_of_playable_audio_and_spectrograms(runs: Runs) -> 
                 assert len(set(image.convert("L").tobytes())) > 20
 
 
+@pytest.mark.slow
 def test_samples_have_a_page_that_plays_them(runs: Runs) -> None:
     page = (runs.folder / "samples" / "index.html").read_text()
     assert [int(step) for step in re.findall(r"<h2>step (\d+)</h2>", page)] == [8, 6, 3]
@@ -253,6 +258,7 @@ def test_samples_have_a_page_that_plays_them(runs: Runs) -> None:
     assert "http" not in page
 
 
+@pytest.mark.slow
 def test_terminal_shows_one_live_line(runs: Runs) -> None:
     lines = plain(runs.terminal).splitlines()
     live = [line for line in lines if re.match(r"step +\d+/6 ", line)]
@@ -265,6 +271,7 @@ def test_terminal_shows_one_live_line(runs: Runs) -> None:
         assert told in summary
 
 
+@pytest.mark.slow
 def test_pipe_gets_plain_lines(runs: Runs) -> None:
     lines = runs.piped.stdout.splitlines()
     assert "\x1b" not in runs.piped.stdout
@@ -272,10 +279,12 @@ def test_pipe_gets_plain_lines(runs: Runs) -> None:
     assert not runs.piped.stderr.strip(), runs.piped.stderr
 
 
+@pytest.mark.slow
 def test_no_process_stays_behind(runs: Runs) -> None:
     assert runs.processes_left == []
 
 
+@pytest.mark.slow
 def test_tracking_leaves_metrics_as_they_are_without(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [argument for argument in runs.arguments if not argument.startswith(("run_dir=", "trainer.sample_"))]
     for overrides in (["trainer.max_steps=6"], ["trainer.max_steps=8", "resume=auto"]):
@@ -284,6 +293,7 @@ def test_tracking_leaves_metrics_as_they_are_without(runs: Runs, tmp_path: Path,
     assert (tmp_path / "out" / "metrics.csv").read_bytes() == (runs.folder / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_keys_reach_neither_disk_nor_output(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -442,6 +452,7 @@ def test_weights_cut_over_two_processes_speak_as_whole_ones(spoken_data: Path, t
     assert cut.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_every_logged_key_is_explained(runs: Runs) -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"`([a-z_0-9/]+)`", page[page.index("## Watching a run") : page.index("**W&B.**")]))
