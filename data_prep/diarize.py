@@ -18,7 +18,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from csm.config import DiarizeConfig
 from csm.listening.campplus import CampplusEncoder
 from csm.listening.speaker import unit
-from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
+from data_prep.segmentation import FRAME_S, RATE_HZ, Activity, frame_time, local_activity
+from data_prep.segmentation import WEIGHTS as SEGMENTATION
 from data_prep.transcript import NO_SPEAKER, SENTENCE_ENDS, Span, SpeakerSpan, Transcript, Word, union
 
 _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer recordings are clustered in parts, then the parts
@@ -57,7 +58,7 @@ class Diarizer:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest: what a result depends on besides the configuration."""
-        return {"segmentation": WEIGHTS_SHA256, "speaker": self.encoder.digest, "version": 3}
+        return {"segmentation": SEGMENTATION.sha256, "speaker": self.encoder.digest, "version": 3}
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.

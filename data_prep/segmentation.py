@@ -18,14 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csm.packaged import check_digest, packaged_file
+from csm.packaged import PackagedWeights
 
 RATE_HZ = 16_000
 WINDOW_S, STEP_S = 5.0, 1.0
 NUM_LOCAL_SPEAKERS = 3
 FRAME_S = 270 / RATE_HZ  # strides 10 x 3 x 3 x 3 samples
 _FIRST_FRAME_S = 991 / 2 / RATE_HZ  # middle of the samples that the first frame sees
-WEIGHTS_SHA256 = "0b5b3216d60a2d32fc086b47ea8c67589aaeb26b7e07fcbe620d6d0b83e209ea"
+WEIGHTS = PackagedWeights(
+    "voice detection",
+    "whisperx==3.8.6",
+    "whisperx/assets/pytorch_model.bin",
+    "0b5b3216d60a2d32fc086b47ea8c67589aaeb26b7e07fcbe620d6d0b83e209ea",
+)
 _BATCH = 32  # windows at a time
 # Below a recording's loud frames (99th percentile): nothing so quiet is speech, but between words of clean recordings, in near digital
 # silence, the network goes on hearing what it heard before, and joins speakers across the pause. A room's noise is never so low.
@@ -52,17 +57,6 @@ class _Inert:
     def __setstate__(self, _: object) -> None: ...
 
 
-def find_weights() -> Path:
-    """The `pytorch_model.bin` inside the installed whisperx wheel, without importing the package.
-
-    Raises:
-        FileNotFoundError: if the wheel is not installed.
-    """
-    if (weights := packaged_file("whisperx", "whisperx/assets/pytorch_model.bin")) is not None:
-        return weights
-    raise FileNotFoundError("no voice detection here: run `pip install --no-deps whisperx==3.8.6` (its weights are all we use)")
-
-
 class SegmentationNet(nn.Module):
     """Band-pass filters with learnt edges, two convolutions, four bidirectional LSTM layers, three linear ones."""
 
@@ -74,8 +68,7 @@ class SegmentationNet(nn.Module):
             ValueError: if they are others.
         """
         super().__init__()
-        path = find_weights() if weights is None else weights
-        self.digest = check_digest(path, WEIGHTS_SHA256, "whisperx==3.8.6")
+        path, self.digest = WEIGHTS.checked(weights), WEIGHTS.sha256
         self.low_hz, self.band_hz = nn.Parameter(torch.zeros(40, 1)), nn.Parameter(torch.zeros(40, 1))
         self.register_buffer("half_window", torch.zeros(125))
         self.register_buffer("half_time", torch.zeros(1, 125))  # radians a hertz, of the taps before the middle one

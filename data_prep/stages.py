@@ -22,7 +22,7 @@ import soxr
 
 from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
 from csm.frames import SAMPLE_RATE_HZ
-from csm.listening.naturalness import DNSMOS_SHA256, dnsmos
+from csm.listening.naturalness import DNSMOS, dnsmos
 from data_prep import quality
 from data_prep.channels import channels_differ
 from data_prep.decode import read_header
@@ -92,7 +92,7 @@ class Listening:
                 self.models = dict(told["models"])
 
     def _dnsmos(self) -> list[Any]:
-        return [DNSMOS_SHA256, self.filter.dnsmos_turns] if self.filter.min_dnsmos > 0 else []
+        return [DNSMOS.sha256, self.filter.dnsmos_turns] if self.filter.min_dnsmos > 0 else []
 
 
 @dataclass

@@ -23,7 +23,8 @@ from csm.config import TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
 from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
-from data_prep.segmentation import FRAME_S, RATE_HZ, WEIGHTS_SHA256, Activity, frame_time, local_activity
+from data_prep.segmentation import FRAME_S, RATE_HZ, Activity, frame_time, local_activity
+from data_prep.segmentation import WEIGHTS as SEGMENTATION
 from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words, wordless
 
 # What Whisper writes for sounds that are no speech: endings of the films and videos that it learnt from.
@@ -60,7 +61,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": WEIGHTS_SHA256, "version": 6, **self._reader.settings}
+        return {"whisper": self.digest, "speech": SEGMENTATION.sha256, "version": 6, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.

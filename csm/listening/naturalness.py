@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -20,10 +19,21 @@ import soxr
 
 from csm.frames import SAMPLE_RATE_HZ
 from csm.listening.acoustics import is_silent, resample
-from csm.packaged import check_digest, packaged_file
+from csm.packaged import PackagedWeights
 
-DNSMOS_SHA256 = "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
-DISTILLMOS_SHA256 = "b18b3ac60227267cfb91e5d00ce22cc7b73716fd92f269484da1446e27031a40"
+DNSMOS = PackagedWeights(
+    "DNSMOS",
+    "speechmos==0.0.1.1",
+    "speechmos/dnsmos_models/sig_bak_ovr.onnx",
+    "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd",
+    ", or set filter.min_dnsmos=0",
+)
+DISTILLMOS = PackagedWeights(
+    "DistillMOS",
+    "distillmos==0.9.1",
+    "distillmos/weights/distill_mos_v7.pt",
+    "b18b3ac60227267cfb91e5d00ce22cc7b73716fd92f269484da1446e27031a40",
+)
 DNSMOS_S = 9.05  # a little more than the 9.01 s that the network hears
 LEVEL_DB = -26.0  # root mean square of every clip that is scored: 20 dB less cost 0.36 of a score, and loudness is no nature
 _RATE_HZ, _DNSMOS_SAMPLES = 16_000, 144_160
@@ -61,7 +71,7 @@ class Dnsmos:
         return None if is_silent(audio) else dnsmos(at_level(audio), 0.0)["dnsmos"]
 
     def describe(self) -> dict[str, str]:
-        return {"name": self.name, "package": f"speechmos {version('speechmos')} (weights)", "sha256": DNSMOS_SHA256}
+        return {"name": self.name, "package": f"speechmos {version('speechmos')} (weights)", "sha256": DNSMOS.sha256}
 
 
 class DistillMos:
@@ -72,10 +82,7 @@ class DistillMos:
     def __init__(self) -> None:
         import torch
 
-        weights = packaged_file("distillmos", "distillmos/weights/distill_mos_v7.pt")
-        if weights is None:
-            raise FileNotFoundError("no DistillMOS here")
-        self._digest = check_digest(weights, DISTILLMOS_SHA256, "distillmos==0.9.1")
+        weights = DISTILLMOS.checked()
         self._model = _distillmos().ConvTransformerSQAModel(load_weights=False).eval()
         self._model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
 
@@ -88,7 +95,7 @@ class DistillMos:
             return round(float(self._model(torch.from_numpy(resample(at_level(audio), _RATE_HZ))[None])), 4)
 
     def describe(self) -> dict[str, str]:
-        return {"name": self.name, "package": f"distillmos {version('distillmos')}", "sha256": self._digest}
+        return {"name": self.name, "package": f"distillmos {version('distillmos')}", "sha256": DISTILLMOS.sha256}
 
 
 def _distillmos() -> Any:
@@ -106,8 +113,8 @@ def _distillmos() -> Any:
 
 _MODELS: dict[str, type[Dnsmos] | type[DistillMos]] = {"dnsmos": Dnsmos, "distillmos": DistillMos}
 _HOW_TO_GET = {
-    "dnsmos": "pip install --no-deps speechmos==0.0.1.1",
-    "distillmos": "pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0",
+    "dnsmos": DNSMOS.how_to_get,
+    "distillmos": f"{DISTILLMOS.how_to_get} xls-r-sqa==0.1.0",
     "utmos": "its weights are a pickle fetched by torch.hub, which we do not open; score the clips with its own program",
 }
 NAMES = tuple(_HOW_TO_GET)
@@ -164,14 +171,6 @@ def dnsmos(audio: np.ndarray, middle_s: float) -> dict[str, float]:
 def _dnsmos_session() -> Any:
     import onnxruntime
 
-    path = _find_dnsmos()
-    check_digest(path, DNSMOS_SHA256, "speechmos==0.0.1.1")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # a score must not depend on the machine's cores
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _find_dnsmos() -> Path:
-    if (weights := packaged_file("speechmos", "speechmos/dnsmos_models/sig_bak_ovr.onnx")) is not None:
-        return weights
-    raise FileNotFoundError("no DNSMOS here: run `pip install --no-deps speechmos==0.0.1.1`, or set filter.min_dnsmos=0")
+    return onnxruntime.InferenceSession(str(DNSMOS.checked()), options, providers=["CPUExecutionProvider"])

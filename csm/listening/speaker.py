@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from csm.listening.acoustics import is_silent, mel_spectrogram, resample, trim_silence
-from csm.packaged import check_digest, packaged_file
+from csm.packaged import PackagedWeights
 
 RATE_HZ = 16_000
 NUM_MELS = 40
@@ -27,18 +27,12 @@ WINDOWS_PER_S = 1.3
 MIN_COVERAGE = 0.75  # of the last window; below it the window is dropped
 LEVEL_DB = -30.0  # of every clip; Resemblyzer only raises quieter ones, but loudness is no voice
 SHORTEST_S = 2.4  # two windows; shorter clips are said again until they are as long, silence would blur the voice
-WEIGHTS_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
-
-
-def find_weights() -> Path:
-    """The `pretrained.pt` inside the installed Resemblyzer wheel, without importing the package.
-
-    Raises:
-        FileNotFoundError: if the wheel is not installed.
-    """
-    if (weights := packaged_file("Resemblyzer", "resemblyzer/pretrained.pt")) is not None:
-        return weights
-    raise FileNotFoundError("no speaker encoder here: run `pip install --no-deps Resemblyzer==0.1.4` (its weights are all we use)")
+WEIGHTS = PackagedWeights(
+    "speaker encoder",
+    "Resemblyzer==0.1.4",
+    "resemblyzer/pretrained.pt",
+    "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
+)
 
 
 class SpeakerEncoder(nn.Module):
@@ -53,8 +47,7 @@ class SpeakerEncoder(nn.Module):
             ValueError: if the file is not the published one: it is a torch pickle, so only known bytes are opened.
         """
         super().__init__()
-        path = find_weights() if weights is None else weights
-        self.digest = check_digest(path, WEIGHTS_SHA256, "Resemblyzer==0.1.4")
+        path, self.digest = WEIGHTS.checked(weights), WEIGHTS.sha256
         self.lstm = nn.LSTM(NUM_MELS, 256, 3, batch_first=True)
         self.linear = nn.Linear(256, 256)
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
