@@ -1,7 +1,7 @@
 """How fast data preparation is: each stage times real time, turns encoded together beside one by one, and what is not models.
 
-    python benchmarks/prep.py                    # 5 minutes; writes results/prep.md
-    python benchmarks/prep.py --part encode      # one of: encode, one, two
+    python benchmarks/prep.py                    # 7 minutes; writes results/prep.md
+    python benchmarks/prep.py --part encode_two  # one of: encode_one, encode_two, one, two
     python benchmarks/prep.py --quick            # a small Mimi, seconds of speech: whether it runs
 
 Runs the stages of `prep=offline` as the command does (packaged Whisper base, int8; Mimi's shape with random weights, which cost what
@@ -50,7 +50,7 @@ from data_prep import diarize, engine, ingest, stages, transcribe, turns  # noqa
 from data_prep.script import VOICES  # noqa: E402
 from data_prep.synthesis import Synthesizer, random_for  # noqa: E402
 
-PARTS = ("encode", "one", "two")
+PARTS = ("encode_one", "encode_two", "one", "two")  # of one thread or process, and of two
 RECORDINGS = ("a.flac", "b.mp3")
 STAGES = ("manifest", "transcribe", "segment", "filter", "encode", "merge")
 SMALL_MIMI = dict(
@@ -69,8 +69,9 @@ def mimi(is_quick: bool) -> MimiModel:
     return model
 
 
-def measure_encode(is_quick: bool) -> dict[str, Any]:
-    """Seconds of audio a second of one thread, four ways in turns and at the matmul peak; whether alone gives the same codes."""
+def measure_encode(num_threads: int, is_quick: bool) -> dict[str, Any]:
+    """Seconds of audio a second by the clock, four ways in turns and at the matmul peak; whether alone gives the same codes."""
+    torch.set_num_threads(num_threads)
     model = mimi(is_quick)
     codec = MimiCodec(model)
     random = np.random.default_rng(0)
@@ -94,12 +95,12 @@ def measure_encode(is_quick: bool) -> dict[str, Any]:
         peak = 0.0
         with torch.inference_mode():
             alone, together = ways["ours_alone"](), ways["ours_together"]()
-            for _ in range(1 if is_quick else 2):
+            for _ in range(1 if is_quick else 3):
                 peak = max(peak, *(measure_matmul_flops(torch.float32) for _ in range(3)))
                 for way, run in ways.items():
-                    begun = time.process_time()
+                    begun = time.perf_counter()
                     run()
-                    spent[way].append(time.process_time() - begun)
+                    spent[way].append(time.perf_counter() - begun)
         audio_s = sum(num_frames) * 0.08
         found[name] = {way: audio_s / min(seconds) for way, seconds in spent.items()}
         found[name]["peak"] = peak / flops_a_second
@@ -216,7 +217,7 @@ def measure_stages(count: int, is_quick: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    encode, one, two = (found[part] for part in PARTS)
+    encode_one, encode_two, one, two = (found[part] for part in PARTS)
     lines = [
         "## Stages",
         "",
@@ -248,23 +249,29 @@ def table(found: dict[str, Any]) -> list[str]:
         "",
         "## Mimi: turns together and one by one",
         "",
-        "Seconds of audio a CPU second, one thread, the better of two rounds. *theirs* is transformers' `MimiModel.encode`, a turn",
+        "Seconds of audio a second by the clock, the best of three rounds. *theirs* is transformers' `MimiModel.encode`, a turn",
         "a call, or padded in batches of like length up to 60 s; *ours* is `MimiCodec.encode`. The peak is the operations that the model's",
         "products take, at the speed of one large float32 product in the same run: what nothing of these weights can be faster than.",
-        "",
-        "| turns | theirs | theirs, padded | ours, singly | ours | peak | ours / theirs | peak / theirs | ours / singly | same codes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in encode.items():
-        speeds = " | ".join(f"{row[way]:.1f}" for way in ("theirs_alone", "theirs_together", "ours_alone", "ours_together", "peak"))
-        over_theirs, over_ours = row["ours_together"] / row["theirs_alone"], row["ours_together"] / row["ours_alone"]
-        ratios = f"**{over_theirs:.2f}** | {row['peak'] / row['theirs_alone']:.2f} | {over_ours:.2f}"
-        lines.append(f"| {name} | {speeds} | {ratios} | {'yes' if row['is_same'] else '**no**'} |")
+    for num_threads, encode in ((1, encode_one), (2, encode_two)):
+        lines += [
+            "",
+            f"### {num_threads} thread{'s' if num_threads > 1 else ''} of one process",
+            "",
+            "| turns | theirs | theirs, padded | ours, singly | ours | peak | ours / theirs | peak / theirs | ours / singly | same codes |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in encode.items():
+            speeds = " | ".join(f"{row[way]:.1f}" for way in ("theirs_alone", "theirs_together", "ours_alone", "ours_together", "peak"))
+            over_theirs, over_ours = row["ours_together"] / row["theirs_alone"], row["ours_together"] / row["ours_alone"]
+            ratios = f"**{over_theirs:.2f}** | {row['peak'] / row['theirs_alone']:.2f} | {over_ours:.2f}"
+            lines.append(f"| {name} | {speeds} | {ratios} | {'yes' if row['is_same'] else '**no**'} |")
     return [*lines, ""]
 
 
 def measure(part: str, is_quick: bool) -> dict[str, Any]:
-    return measure_encode(is_quick) if part == "encode" else measure_stages(1 if part == "one" else 2, is_quick)
+    count = 1 if part.endswith("one") else 2
+    return measure_encode(count, is_quick) if part.startswith("encode") else measure_stages(count, is_quick)
 
 
 def main() -> None:

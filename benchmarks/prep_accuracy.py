@@ -1,6 +1,6 @@
 """How well recordings are heard: words, speakers, turns and times, on conversations whose truth is known.
 
-    python benchmarks/prep_accuracy.py --truth DIR             # 10 minutes of one core; DIR is made when it is not there (prep_truth.py)
+    python benchmarks/prep_accuracy.py --truth DIR             # 15 minutes of one core; DIR is made when it is not there (prep_truth.py)
     python benchmarks/prep_accuracy.py --truth DIR --only meeting simulation     # kinds: talk, call, simulation, meeting
     python benchmarks/prep_accuracy.py --truth DIR transcribe.model=tiny.en      # any of transcribe., diarize., segment.
 
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import fields
 from datetime import date
 from difflib import SequenceMatcher
@@ -37,7 +38,7 @@ from scipy.optimize import linear_sum_assignment
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from prep_truth import RATE_HZ, build  # noqa: E402
+from prep_truth import NUM_ROUNDS, RATE_HZ, build  # noqa: E402
 
 from csm.config import DiarizeConfig, SegmentConfig, TranscribeConfig  # noqa: E402
 from csm.listening.transcripts import normalise_transcript  # noqa: E402
@@ -154,7 +155,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
     bare = TranscribeConfig(**{**vars(configs["transcribe"]), "pad_s": 0.0})
     asked: dict[str, Any] = {"der": {}, "detection": {}, "cpwer": {}}
     rows, starts, edges = [], [], []
-    counts = {key: [0, 0] for key in ("wer", "wer_turns", "noise_mix", "noise_call", "speakers")}
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, entry in truth.items():
         kind, turns = entry["kind"], entry["turns"]
         audio = soundfile.read(folder / entry["path"], dtype="float32", always_2d=True)[0].T
@@ -187,10 +188,10 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
                 counts["wer"][0] += errors
                 counts["wer"][1] += len(said)
                 said_in_turns = [word for turn in turns if not turn["backchannel"] for word in words_of(turn["text"])]
-                counts["wer_turns"][0] += edits(
-                    said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)]
-                )
-                counts["wer_turns"][1] += len(said_in_turns)
+                errors_in_turns = edits(said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)])
+                for key in ("wer_turns", name.partition(", round ")[2] or "1"):
+                    counts[key][0] += errors_in_turns
+                    counts[key][1] += len(said_in_turns)
             wer = f"{errors / len(said):.1%}"
             by_speaker: list[dict[str, str]] = [{}, {}]
             for side, entries in zip(by_speaker, (turns, made), strict=True):
@@ -226,10 +227,12 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
         talks = [entry for name, entry in scores["cpwer"].items() if truth[name]["kind"] == "talk"]
         values["word error rate, talks"] = f"{counts['wer'][0] / counts['wer'][1]:.2%}"
         values["the same without listeners' noises on either side"] = f"{counts['wer_turns'][0] / counts['wer_turns'][1]:.2%}"
+        for number in range(1, NUM_ROUNDS + 1):
+            values[f"... in round {number}"] = "{:,} words of {:,}".format(*counts[str(number)])
         values["cpWER, talks"] = f"{sum(entry['errors'] for entry in talks) / sum(entry['length'] for entry in talks):.2%}"
-    for name, entry in scores["cpwer"].items():
-        if truth[name]["kind"] == "call":
-            values["cpWER, call of two channels"] = f"{entry['errors'] / entry['length']:.2%}"
+    calls = [entry for name, entry in scores["cpwer"].items() if truth[name]["kind"] == "call"]
+    if calls:
+        values["cpWER, calls of two channels"] = f"{sum(entry['errors'] for entry in calls) / sum(entry['length'] for entry in calls):.2%}"
     for group, entry in scores["der"].items():
         values[f"diarization error, {group}, collar 0.25 s"] = f"{entry['all']:.1%}"
     for group, entry in scores["detection"].items():
@@ -239,7 +242,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
     if starts:
         values["word starts off by, median"] = f"{spread(np.abs(starts))}; bias {1000 * median(starts):+.0f} ms"
         values["turn starts and ends off by, median"] = spread(np.array(edges))
-        for key, name in (("noise_mix", "mixed talks"), ("noise_call", "call of two channels")):
+        for key, name in (("noise_mix", "mixed talks"), ("noise_call", "calls of two channels")):
             if counts[key][1]:
                 values[f"listeners' noises heard, {name}"] = f"{counts[key][0]} of {counts[key][1]}"
         for name, sound in silent_sounds().items():

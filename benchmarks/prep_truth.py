@@ -97,6 +97,7 @@ TALKS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "call slt and joe, two channels": (["flite:slt", "piper:joe"], {"stereo": True}),
 }
 NUM_TURNS = 24
+NUM_ROUNDS = 3  # of talks: the same voices in the same manner, other lines and other moments. Nothing was chosen on the last two.
 PIPER = """
 import json, sys, wave
 from importlib.metadata import files
@@ -322,8 +323,10 @@ def build(folder: Path) -> dict[str, dict[str, Any]]:
     (folder / "audio").mkdir(exist_ok=True)
     made: dict[str, tuple[str, np.ndarray, list[dict[str, Any]]]] = {}
     voices = Voices(folder)
-    for seed, (name, (speakers, manner)) in enumerate(TALKS.items()):
-        made[name] = ("call" if manner.get("stereo") else "talk", *make_talk(voices, speakers, manner, seed))
+    for round_ in range(NUM_ROUNDS):
+        for index, (name, (speakers, manner)) in enumerate(TALKS.items()):
+            full_name = name if round_ == 0 else f"{name}, round {round_ + 1}"
+            made[full_name] = ("call" if manner.get("stereo") else "talk", *make_talk(voices, speakers, manner, 100_000 * round_ + index))
     clips = prompts(folder)
     for index, num_speakers in enumerate((2, 2, 3, 3, 4, 4)):
         made[f"simulation{index + 1}"] = ("simulation", *make_simulation(clips, num_speakers, 100 + index))

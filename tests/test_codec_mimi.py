@@ -10,6 +10,7 @@ from transformers import MimiConfig, MimiModel
 
 from csm.codec import codec_from_folder, load_codec
 from csm.codec.mimi import MimiCodec, batches_by_length
+from csm.codec.mimi_encoder import balanced_packs, map_in_threads
 
 SLIDING_WINDOW = 10  # positions of attention, 5 frames: short, so that clips here reach past it
 
@@ -67,6 +68,50 @@ def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
     monkeypatch.setattr("csm.codec.mimi.MAX_PACKED_FRAMES", 17)  # 16 + 1, 3, 32 alone, 1
     for ours, theirs in zip(codec.encode(clips()), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("num_clips", [1, 5])
+def test_any_number_of_threads_gives_the_same_codes_and_stays_as_it_was(codec, num_clips):
+    generator = torch.Generator().manual_seed(4)
+    clips = [torch.randn(1920 * (3 + 2 * index) + 7, generator=generator) * 0.1 for index in range(num_clips)]
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            found[num_threads] = codec.encode(clips)
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    for clip, *codes in zip(clips, *found.values(), strict=True):
+        assert codes[0].shape[1] == -(-len(clip) // 1920)
+        assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+
+
+def test_threads_are_given_back_when_a_piece_fails():
+    def fail(item):
+        assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
+        raise ValueError(f"item {item}")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="item 0"):
+            map_in_threads(fail, range(4))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_packs_hold_every_clip_once_and_are_alike(num_threads):
+    lengths = [90, 10, 60, 250, 30, 30, 20, 40, 70, 100, 5]
+    packs = balanced_packs(lengths, 250, num_threads)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert len(packs) >= min(num_threads, len(lengths)) and all(packs)
+    frames = [sum(lengths[index] for index in pack) for pack in packs]
+    assert max(frames) <= max(250, min(frames) + max(lengths))
+    assert balanced_packs([7], 250, num_threads) == [[0]]
 
 
 def test_batches_hold_like_lengths_within_the_cap():

@@ -21,7 +21,7 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose
 
 from csm.codec.folder import check_digest, codec_digest, read_description, read_weights, write_codec_folder
 from csm.codec.interface import Codec, DecodeStream, check_codes, check_waveform
-from csm.codec.mimi_encoder import PackedEncoder
+from csm.codec.mimi_encoder import PackedEncoder, balanced_packs, map_in_threads
 from csm.frames import num_frames_from_samples, num_samples_from_frames
 
 DEFAULT_SOURCE = "kyutai/mimi"
@@ -157,13 +157,11 @@ class MimiCodec(Codec):
     def _encode_packed(self, clips: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         if self._packed_encoder is None:
             self._packed_encoder = PackedEncoder(self.model)
-        codes: list[Tensor] = []
-        while len(codes) < len(clips):
-            first = last = len(codes)
-            while last < len(clips) and (last == first or sum(lengths[first : last + 1]) <= MAX_PACKED_FRAMES):
-                last += 1
-            codes += self._packed_encoder.encode(clips[first:last], self.num_codebooks)
-        return codes
+        encoder = self._packed_encoder
+        packs = balanced_packs(lengths, MAX_PACKED_FRAMES, torch.get_num_threads())
+        encoded = map_in_threads(lambda pack: encoder.encode([clips[index] for index in pack], self.num_codebooks), packs)
+        of_clip = {index: codes for pack, results in zip(packs, encoded, strict=True) for index, codes in zip(pack, results, strict=True)}
+        return [of_clip[index] for index in range(len(clips))]
 
     def _encode_padded(self, clips: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """By transformers' own modules, where kernels for a batch are at home. Causal: zeros on the right change no frame before them."""

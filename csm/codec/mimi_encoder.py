@@ -10,9 +10,11 @@ frames depend on no other clip (tests/test_codec_mimi.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiResnetBlock
 
 from csm.frames import SAMPLES_PER_FRAME
 
-PIECE_FRAMES = 2  # of the early layers at once: 2 MB of activations at the width of the first
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+PIECE_FRAMES = 3  # of the early layers at once: 3 MB of activations at the width of the first
 
 
 class PackedEncoder:
@@ -57,7 +61,7 @@ class PackedEncoder:
     def encode(self, clips: Sequence[Tensor], num_codebooks: int) -> list[Tensor]:
         """Codes int64 [K, F] of clips, each float32 [F * 1920] with F >= 1."""
         num_frames = [clip.shape[0] // SAMPLES_PER_FRAME for clip in clips]
-        hidden = torch.cat([self._early_rows(clip) for clip in clips])
+        hidden = torch.cat(self._early_rows(clips))
         lengths = [frames * self._rows_per_frame for frames in num_frames]
         for layer in self._late:
             hidden, lengths = _apply(layer, hidden, lengths)
@@ -77,16 +81,54 @@ class PackedEncoder:
             hidden[None], attention_mask=mask[None, None], position_ids=place[None], use_cache=False
         ).last_hidden_state[0]
 
-    def _early_rows(self, clip: Tensor) -> Tensor:
-        """[F * 1920] -> [rows, C]: the layers up to the last but one rate."""
-        parts = []
-        for start in range(0, clip.shape[0], PIECE_FRAMES * SAMPLES_PER_FRAME):
-            begin = max(0, start - self._context)
-            hidden = clip[begin : start + PIECE_FRAMES * SAMPLES_PER_FRAME, None]
-            for layer in self._early:
-                hidden, _ = _apply(layer, hidden, [hidden.shape[0]])
-            parts.append(hidden[(start - begin) // self._early_stride :])
-        return torch.cat(parts)
+    def _early_rows(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """[rows, C] of every piece of the clips: the layers up to the last but one rate.
+
+        Pieces depend on nothing but samples, so threads take a piece each.
+        """
+        starts = [(clip, start) for clip in clips for start in range(0, clip.shape[0], PIECE_FRAMES * SAMPLES_PER_FRAME)]
+        return map_in_threads(lambda at: self._early_piece(*at), starts)
+
+    def _early_piece(self, clip: Tensor, start: int) -> Tensor:
+        begin = max(0, start - self._context)
+        hidden = clip[begin : start + PIECE_FRAMES * SAMPLES_PER_FRAME, None]
+        for layer in self._early:
+            hidden, _ = _apply(layer, hidden, [hidden.shape[0]])
+        return hidden[(start - begin) // self._early_stride :]
+
+
+def balanced_packs(lengths: Sequence[int], max_frames: int, num_threads: int) -> list[list[int]]:
+    """Indices of clips, in packs of about `max_frames` at most, alike in length, as many as keep every thread busy to the end."""
+    num_packs = min(len(lengths), num_threads * -(-sum(lengths) // (num_threads * max_frames)))
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    taken = [0] * num_packs
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):  # the longest first, each to the emptiest
+        emptiest = taken.index(min(taken))
+        packs[emptiest].append(index)
+        taken[emptiest] += lengths[index]
+    return packs
+
+
+def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """As `map`, without gradients, on as many threads as torch has, an item each; inside, torch has one.
+
+    Sharing each product out instead, which is what torch's threads do, wins little: these products are small, and what is
+    between them is passes over memory. While it runs, other threads of the process compute with one thread, too.
+    """
+    num_threads = torch.get_num_threads()
+    if min(num_threads, len(items)) < 2:
+        return [work(item) for item in items]
+
+    @torch.no_grad()  # which is a thread's own
+    def alone(item: Item) -> Result:
+        return work(item)
+
+    torch.set_num_threads(1)  # what new threads begin with
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @dataclass
