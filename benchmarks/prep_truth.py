@@ -249,7 +249,7 @@ def make_talk(voices: Voices, names: list[str], manner: dict[str, Any], seed: in
         start_s = max(1.0, at_s + gap_s)
         at_s = say(speaker, text, audio, times, start_s, False)
         listeners = [index for index in range(len(names)) if index != speaker and names[index] != "human"]
-        if at_s - start_s > 2.5 and random.random() < 0.4:
+        if at_s - start_s > 2.5 and random.random() < 0.4 and listeners:
             who, noise = int(random.choice(listeners)), str(random.choice(BACKCHANNELS))
             say(who, noise, voices.speak(names[who], noise)[0], [], start_s + random.uniform(0.8, at_s - start_s - 1.0), True)
     tracks = tracks[:, : round((at_s + 1.0) * RATE_HZ)]
