@@ -94,7 +94,10 @@ def test_the_demo_corpus_ships_a_preset_of_each_of_its_voices(demo_voices, demo_
 
 
 def test_each_demo_preset_sounds_like_its_speaker(demo_voices, demo_corpus_small):
-    """A speaker encoder, taught on other turns that went through the same codec, names the voice of every preset's sound."""
+    """A speaker encoder, taught on turns of other texts that went through the same codec, names the voice of every preset's sound.
+
+    On the 46 or more turns a voice of train: heldout's nine leave a contralto's sound between two voices on some machines.
+    """
     from csm.codec import SpectralCodec
     from csm.data.shards import iter_samples
     from csm.listening.speaker import SpeakerEncoder, VoiceBook
@@ -104,7 +107,7 @@ def test_each_demo_preset_sounds_like_its_speaker(demo_voices, demo_corpus_small
     except FileNotFoundError as error:
         pytest.skip(str(error))
     codec = SpectralCodec.load(demo_corpus_small / "codec")
-    turns = [turn for sample in iter_samples(demo_corpus_small / "heldout") for turn in sample.turns if turn.codes is not None]
+    turns = [turn for sample in iter_samples(demo_corpus_small / "train") for turn in sample.turns if turn.codes is not None]
     references = [(turn.speaker, turn.text, encoder.embed(codec.decode(turn.codes).numpy())) for turn in turns]
     names = {voice.speaker: name for name, voice in demo_voices.items()}
     book = VoiceBook([(names[speaker], text, embedding) for speaker, text, embedding in references if embedding is not None])
