@@ -65,7 +65,7 @@ def test_both_ways_to_encode_give_the_codes_of_transformers(codec, way):
 
 def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
     expected = [codec.encode([clip])[0] for clip in clips()]
-    monkeypatch.setattr("csm.codec.mimi.MAX_PACKED_FRAMES", 17)  # 16 + 1, 3, 32 alone, 1
+    monkeypatch.setattr("csm.codec.mimi.MAX_PACKED_FRAMES", 17)  # less than all of them, and than the longest alone
     for ours, theirs in zip(codec.encode(clips()), expected, strict=True):
         assert torch.equal(ours, theirs)
 
