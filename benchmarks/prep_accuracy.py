@@ -4,9 +4,9 @@
     python benchmarks/prep_accuracy.py --truth DIR --only meeting simulation     # kinds: talk, call, simulation, meeting
     python benchmarks/prep_accuracy.py --truth DIR transcribe.model=tiny.en      # any of transcribe., diarize., segment.
 
-Runs what `prep=offline` runs. In .venv-prep, `transcribe.reader=whisperx` measures WhisperX. Word error rates are of lower-case
-words without punctuation; listeners' noises without letters of their own ("mm hmm", "uh huh") count for neither side, their
-recall is a row of its own. Concatenated-permutation word errors by meeteval, diarization and detection errors by pyannote.metrics.
+Runs what `prep=offline` runs. In .venv-prep, `transcribe.reader=whisperx` measures WhisperX. Word error rates are of words as
+Whisper's own normaliser leaves them; listeners' noises without letters of their own ("mm hmm", "uh huh") count for neither side,
+their recall is a row of its own. Concatenated-permutation word errors by meeteval, diarization and detection errors by pyannote.metrics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ import numpy as np
 import soundfile
 import torch
 from scipy.optimize import linear_sum_assignment
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -47,15 +47,14 @@ from data_prep.segment import BACKCHANNELS, turns_of  # noqa: E402
 from data_prep.transcribe import Transcriber, find_speech  # noqa: E402
 from data_prep.transcript import Transcript  # noqa: E402
 
-SPELLINGS = {"mr": "mister", "mrs": "missus", "color": "colour", "neighbors": "neighbours"}  # one word, two ways to write it
+NORMALISER = EnglishTextNormalizer({"color": "colour", "neighbors": "neighbours"})  # American spellings of the lines' words
 NOISES = {"mm", "hmm", "mmhmm", "mhm", "hm", "uh", "huh", "uhhuh", "um", "ah", "oh"}
 KINDS = ("talk", "call", "simulation", "meeting")
 GROUPS = {"talk": "talks", "simulation": "simulations", "meeting": "meetings"}
 
 
 def words_of(text: str) -> list[str]:
-    words = normalise_transcript(re.sub(r"\b10\b", "ten", text).replace("-", " ")).split()
-    return [SPELLINGS.get(word, word) for word in words if word not in NOISES]
+    return [word for word in NORMALISER(text).split() if word not in NOISES]
 
 
 def edits(truth: list[str], found: list[str]) -> int:
@@ -189,7 +188,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
                 counts["wer"][1] += len(said)
                 said_in_turns = [word for turn in turns if not turn["backchannel"] for word in words_of(turn["text"])]
                 errors_in_turns = edits(said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)])
-                for key in ("wer_turns", name.partition(", round ")[2] or "1"):
+                for key in ("wer_turns", str(entry["round"])):
                     counts[key][0] += errors_in_turns
                     counts[key][1] += len(said_in_turns)
             wer = f"{errors / len(said):.1%}"

@@ -518,7 +518,10 @@ class TranscribeConfig:
     device: str = "cpu"
     compute_type: str = "int8"  # of CTranslate2: "int8", "float16" on a GPU, "float32"
     batch_size: int = 8  # windows of speech read together
-    beam_size: int = 1  # hypotheses kept by Whisper; 1 is greedy
+    beam_size: int = 5  # hypotheses kept by Whisper; 1 is greedy
+    # what Whisper takes for said before each window, in the recording's language: talk makes it expect talk. "auto" is a line of talk where
+    # that was measured to help (the packaged base, English), else nothing; "" is nothing
+    prompt: str = "auto"
     speech_onset: float = 0.4  # probability of speech above which a stretch begins
     speech_offset: float = 0.3  # below which it ends
     min_speech_s: float = 0.1  # shorter stretches are no speech

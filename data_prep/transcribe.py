@@ -35,11 +35,15 @@ _PHRASES = frozenset(
 _PHRASE_LOG_PROBABILITY = -0.6  # a known phrase that is heard less surely than this is made up
 # Whisper's attention puts words too early, each model by its own; of the packaged base, against times known from a synthesiser.
 _EARLY_S = {BASE_SHA256: 0.09}
+# What is taken for said before a window, by model and language: with it base hears talk for what it is (docs/data.md has the numbers).
+_TALK = {
+    (BASE_SHA256, "en"): "Well, I was talking to my friend yesterday. Did you? Yeah, we had a good time. Mm-hmm, okay, that sounds nice.",
+}
 _PAUSE_S = 0.7  # what is believed or not is what is said between such pauses
 _SHORTEST_WORD_S = 0.04
 _MISSED_ROOM_S, _MISSED_S = 0.3, 0.5  # beyond this much around words, speech of this length should have some: it is read again
 _HEARD_AROUND_S = 0.2
-_SURE_LOG_PROBABILITY = -0.6  # of a second reading; on made talks a sentence passed over came at -0.04, what was made up below -1.0
+_SURE_LOG_PROBABILITY = -1.0  # of a second reading; on made talks sentences passed over came at -0.04 to -0.91, noises below -3.5
 _LOUD_SHARE = 0.02  # of the loudest tenth of a second of a recording: quieter "speech" is cross-talk or hiss
 
 
@@ -61,7 +65,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": SEGMENTATION.sha256, "version": 6, **self._reader.settings}
+        return {"whisper": self.digest, "speech": SEGMENTATION.sha256, "version": 7, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.
@@ -72,7 +76,9 @@ class Transcriber:
         speech = find_speech(audio, self.config, self.device, activity)
         if not speech:
             return Transcript()
-        segments, language, probability = self._reader.read(audio, windows_of(speech, self.config), self.config.language)
+        windows = windows_of(speech, self.config)
+        language, probability = (self.config.language, 1.0) if self.config.language else self._language(audio, windows)
+        segments = self._reader.read(audio, windows, language, self._prompt(language))
         early_s = _EARLY_S.get(self.digest, 0.0) if self._reader.times_by_attention else 0.0
         transcript = Transcript(language=language, language_probability=probability, speech=speech)
         for segment in segments:
@@ -81,12 +87,25 @@ class Transcriber:
                 transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ, early_s))
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
-        again = self._passed_over(audio, transcript)
+        again = self._passed_over(audio, transcript, language)
         transcript.segments += [snapped(segment, speech, len(audio) / RATE_HZ, early_s) for segment in again]
         transcript.segments.sort(key=lambda segment: segment.start_s)
         return transcript
 
-    def _passed_over(self, audio: np.ndarray, transcript: Transcript) -> list[Segment]:
+    def _language(self, audio: np.ndarray, windows: Sequence[Span]) -> tuple[str, float]:
+        """What is spoken in the first half minute of speech, and how probable that is."""
+        whisper = self._reader.whisper
+        if not whisper.model.is_multilingual:
+            return "en", 1.0
+        speech = np.concatenate([audio[int(window.start_s * RATE_HZ) : int(window.end_s * RATE_HZ)] for window in windows[:30]])
+        language, probability, _ = whisper.detect_language(speech)
+        return language, float(probability)
+
+    def _prompt(self, language: str) -> str | None:
+        prompt = _TALK.get((self.digest, language)) if self.config.prompt == "auto" else self.config.prompt
+        return (prompt or "").strip() or None
+
+    def _passed_over(self, audio: np.ndarray, transcript: Transcript, language: str) -> list[Segment]:
         """What is said where the first reading has no word: in a long window Whisper leaves out whole sentences.
 
         Each stretch is a window of its own now, and only what is heard surely is believed.
@@ -96,20 +115,20 @@ class Transcriber:
             return []
         parts = [part for stretch in stretches for part in _cut(stretch, self.config.max_window_s - 2 * _HEARD_AROUND_S)]
         windows = _padded(parts, _HEARD_AROUND_S, len(audio) / RATE_HZ)
-        segments, _, _ = self._reader.read(audio, windows, transcript.language)
         return [
             segment
-            for segment in segments
+            for segment in self._reader.read(audio, windows, language, self._prompt(language))
             if disbelief(segment, self.config) is None and mean_log_probability(segment.words) > _SURE_LOG_PROBABILITY
         ]
 
 
 class _Reader(Protocol):
     settings: dict[str, Any]
+    whisper: Any  # faster-whisper's WhisperModel
     times_by_attention: bool  # Whisper's, not an aligner's
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
-        """(what is said in the windows, language, its probability); a language of None is found out."""
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str, prompt: str | None) -> list[Segment]:
+        """What is said in the windows, with `prompt` taken for said before each."""
 
 
 def _reader(source: str, config: TranscribeConfig, device: str) -> _Reader:
@@ -127,15 +146,17 @@ class _FasterWhisperReader:
         from faster_whisper import BatchedInferencePipeline
 
         self.config = config
-        self.pipeline = BatchedInferencePipeline(_whisper(source, device, config.compute_type))
+        self.whisper = _whisper(source, device, config.compute_type)
+        self.pipeline = BatchedInferencePipeline(self.whisper)
         self.settings = {"reader": f"faster-whisper {version('faster-whisper')}, ctranslate2 {version('ctranslate2')}"}
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
-        found, info = self.pipeline.transcribe(
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str, prompt: str | None) -> list[Segment]:
+        found, _ = self.pipeline.transcribe(
             audio,
             language=language,
             batch_size=self.config.batch_size,
             beam_size=self.config.beam_size,
+            initial_prompt=None if prompt is None else f" {prompt}",  # a space, as before any word
             temperature=0.0,
             word_timestamps=True,
             without_timestamps=True,
@@ -148,7 +169,7 @@ class _FasterWhisperReader:
         for entry in found:
             words = [Word(word.word, float(word.start), float(word.end), float(word.probability)) for word in entry.words or []]
             segments += [Segment(run, float(entry.no_speech_prob)) for run in runs_of_words(words, _PAUSE_S)]
-        return segments, info.language, float(info.language_probability)
+        return segments
 
 
 def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu", activity: Activity | None = None) -> list[Span]:

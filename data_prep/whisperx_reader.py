@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -70,15 +71,16 @@ class WhisperXReader:
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"transcribe.model={source}: no Whisper could be loaded there ({error}); give a folder or a hub id") from error
+        self.whisper = self.pipeline.model
         aligners = [] if config.language is None else [aligner_name(config.language, config.aligner, device)]
         self.settings = {
             "reader": f"whisperx {version('whisperx')}, ctranslate2 {version('ctranslate2')}",
             "aligner": aligners or "by language",
         }
 
-    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str | None) -> tuple[list[Segment], str | None, float]:
+    def read(self, audio: np.ndarray, windows: Sequence[Span], language: str, prompt: str | None) -> list[Segment]:
         self.vad.windows = windows
-        language, probability = self._language(audio, windows[0]) if language is None else (language, 1.0)
+        self.pipeline.options = replace(self.pipeline.options, initial_prompt=prompt)
         found = self.pipeline.transcribe(audio, batch_size=self.config.batch_size, language=language)["segments"]
         spoken = [(window, entry["text"]) for window, entry in zip(windows, found, strict=True) if entry["text"].strip()]
         aligner = load_aligner(language, self.config.aligner, self.device)
@@ -87,24 +89,14 @@ class WhisperXReader:
             read = [self._whisper_words(audio, window, text, language) for window, text in spoken]
         else:
             read = _aligned_words(audio, spoken, aligner, self.device)
-        segments = [
-            Segment(run, 0.0) for words in read for run in runs_of_words(words, self.max_pause_s)
-        ]  # it tells no no-speech probability
-        return segments, language, probability
-
-    def _language(self, audio: np.ndarray, window: Span) -> tuple[str, float]:
-        model = self.pipeline.model
-        if not model.model.is_multilingual:
-            return "en", 1.0
-        language, probability, _ = model.detect_language(_cut(audio, window))
-        return language, float(probability)
+        return [Segment(run, 0.0) for words in read for run in runs_of_words(words, self.max_pause_s)]  # it tells no no-speech probability
 
     def _whisper_words(self, audio: np.ndarray, window: Span, text: str, language: str) -> list[Word]:
         """Times of a window's words from Whisper's own attention."""
         from faster_whisper.audio import pad_or_trim
         from faster_whisper.tokenizer import Tokenizer
 
-        model, clip = self.pipeline.model, _cut(audio, window)
+        model, clip = self.whisper, audio[int(window.start_s * RATE_HZ) : int(window.end_s * RATE_HZ)]
         tokenizer = Tokenizer(model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=language)
         features = model.feature_extractor(clip)[..., :-1]
         segment = {"seek": 0, "tokens": tokenizer.encode(" " + text.strip()), "start": 0.0, "end": window.duration_s}
@@ -204,7 +196,3 @@ def _sentence_rules() -> Path:
     for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
         (english / name).touch()
     return folder
-
-
-def _cut(audio: np.ndarray, window: Span) -> np.ndarray:
-    return audio[int(window.start_s * RATE_HZ) : int(window.end_s * RATE_HZ)]

@@ -59,19 +59,46 @@ def test_words_are_heard_with_the_times_at_which_they_are_said(talk, transcriber
     assert all(before.end_s <= after.start_s + 0.1 for before, after in zip(transcript.words, transcript.words[1:], strict=False))
 
 
+def test_whisper_writes_as_the_prompt_does(talk):
+    audio, _ = talk
+    config = TranscribeConfig(model=str(find_packaged_whisper()), language="en", prompt="Seven four two. Two three. Zero.")
+    spelt, plain = (
+        " ".join(segment.text.strip() for segment in Transcriber(c).transcribe(audio).segments)
+        for c in (config, replace(config, prompt=""))
+    )
+    assert "three three one" in spelt and "331" not in spelt
+    assert "331" in plain and "three three one" not in plain
+
+
+def test_talk_is_the_prompt_where_that_was_measured_to_help():
+    packaged = Transcriber(TranscribeConfig())
+    assert packaged._prompt("en").startswith("Well, I was talking") and packaged._prompt("de") is None
+    assert Transcriber(TranscribeConfig(prompt=""))._prompt("en") is None
+    assert Transcriber(TranscribeConfig(model=str(find_packaged_whisper())))._prompt("en") is None, "tiny.en"
+    assert Transcriber(TranscribeConfig(prompt=" Hej. "))._prompt("sv") == "Hej."
+
+
+def test_the_language_is_that_of_more_than_the_first_sound(talk):
+    audio, truth = talk
+    first = Span(truth[0][0] - 0.3, truth[0][0])  # before anybody speaks
+    packaged = Transcriber(TranscribeConfig())
+    of_the_first, of_all = packaged._language(audio, [first]), packaged._language(audio, [first, Span(truth[0][0], truth[5][1])])
+    assert of_all[0] == "en" and of_all[1] > of_the_first[1] + 0.1
+
+
 def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, transcriber, monkeypatch):
     audio, truth = talk
     start_s, end_s, _ = truth[4]
     first = transcriber.transcribe(audio)
     read, windows_read = transcriber._reader.read, []
 
-    def forgetful(audio, windows, language):
-        segments, language, probability = read(audio, windows, language)
+    def forgetful(audio, windows, language, prompt):
+        segments = read(audio, windows, language, prompt)
         windows_read.append(list(windows))
         if len(windows_read) == 1:
             kept = [[word for word in segment.words if not start_s - 0.2 < word.start_s < end_s] for segment in segments]
             segments = [Segment(words, 0.0) for words in kept if words]
-        return segments, language, probability
+        return segments
 
     monkeypatch.setattr(transcriber._reader, "read", forgetful)
     again = transcriber.transcribe(audio)
@@ -85,9 +112,9 @@ def test_what_is_read_again_fits_a_window_and_nothing_of_it_is_left_out(talk, tr
     audio, _ = talk
     read, windows_read = transcriber._reader.read, []
 
-    def mute(audio, windows, language):
+    def mute(audio, windows, language, prompt):
         windows_read.append(list(windows))
-        return ([], "en", 1.0) if len(windows_read) == 1 else read(audio, windows, language)
+        return [] if len(windows_read) == 1 else read(audio, windows, language, prompt)
 
     monkeypatch.setattr(transcriber._reader, "read", mute)
     monkeypatch.setattr(transcriber, "config", replace(transcriber.config, max_window_s=1.4))

@@ -57,6 +57,12 @@ def test_words_are_whisperxs_and_near_their_times(talk, monkeypatch):
     assert transcript.language == "en"
 
 
+def test_whisperx_writes_as_the_prompt_does(talk, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, transcript = heard(talk, language="en", prompt="Seven four two. Two three. Zero.")
+    assert "three three one" in " ".join(word.word.strip().lower() for word in transcript.words)
+
+
 def test_where_the_aligner_cannot_be_had_it_is_said_what_is_missing(talk, monkeypatch, tmp_path, capsys):
     from csm.reachable import can_reach
     from data_prep.whisperx_reader import load_aligner
@@ -95,7 +101,7 @@ def test_an_aligner_given_as_a_folder_times_the_words(talk, tmp_path):
     reader = WhisperXReader(whisper, TranscribeConfig(language="en", aligner=str(tmp_path)), "cpu", 0.7)
     assert reader.settings["aligner"] == [str(tmp_path)]
     duration_s = len(talk[0]) / 24_000
-    segments, _, _ = reader.read(soxr.resample(talk[0], 24_000, 16_000).astype(np.float32), [Span(0.0, duration_s)], None)
+    segments = reader.read(soxr.resample(talk[0], 24_000, 16_000).astype(np.float32), [Span(0.0, duration_s)], "en", None)
     words = [word for segment in segments for word in segment.words]
     assert len(words) >= 10 and all(0 <= word.start_s <= word.end_s <= duration_s for word in words)
     assert all(before.start_s <= after.start_s for before, after in zip(words, words[1:], strict=False))
