@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,8 @@ _TALK = {
 }
 _PAUSE_S = 0.7  # what is believed or not is what is said between such pauses
 _SHORTEST_WORD_S = 0.04
+_LONGEST_WORD_S = 1.0  # of 4,780 words of made talks none took more than 0.75 s but those that cover what was passed over
+_SHORTEST_LEFT_S = 0.15  # of such a word, beside what was passed over
 _MISSED_ROOM_S, _MISSED_S = 0.3, 0.5  # beyond this much around words, speech of this length should have some: it is read again
 _HEARD_AROUND_S = 0.2
 _SURE_LOG_PROBABILITY = -1.0  # of a second reading; on made talks sentences passed over came at -0.04 to -0.91, noises below -3.5
@@ -80,15 +83,21 @@ class Transcriber:
         language, probability = (self.config.language, 1.0) if self.config.language else self._language(audio, windows)
         segments = self._reader.read(audio, windows, language, self._prompt(language))
         early_s = _EARLY_S.get(self.digest, 0.0) if self._reader.times_by_attention else 0.0
+
+        def placed(segments: Sequence[Segment]) -> list[Segment]:
+            return [snapped(segment, speech, len(audio) / RATE_HZ, early_s) for segment in segments]
+
         transcript = Transcript(language=language, language_probability=probability, speech=speech)
+        believed: list[Segment] = []
         for segment in segments:
             why = disbelief(segment, self.config)
             if why is None:
-                transcript.segments.append(snapped(segment, speech, len(audio) / RATE_HZ, early_s))
+                believed.append(segment)
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
+        transcript.segments = placed(_with_words(believed, lambda word: None))
         again = self._passed_over(audio, transcript, language)
-        transcript.segments += [snapped(segment, speech, len(audio) / RATE_HZ, early_s) for segment in again]
+        transcript.segments = placed([*_with_words(believed, lambda word: clear_of(word, again)), *again])
         transcript.segments.sort(key=lambda segment: segment.start_s)
         return transcript
 
@@ -268,6 +277,32 @@ def snapped(segment: Segment, speech: Sequence[Span], duration_s: float, early_s
         start_s = max(0.0, min(start_s, duration_s - _SHORTEST_WORD_S))
         words.append(Word(word.word, start_s, min(max(end_s, start_s + _SHORTEST_WORD_S), duration_s), word.probability))
     return Segment(words, segment.no_speech)
+
+
+def is_stretched(word: Word) -> bool:
+    """Whether it lasts longer than any word does: Whisper's attention lets one cover the sentence beside it that was passed over."""
+    return word.end_s - word.start_s > _LONGEST_WORD_S
+
+
+def clear_of(word: Word, again: Sequence[Segment]) -> Word | None:
+    """What of a stretched word is before or after what was heard there in a second reading; None when that is too little."""
+    beside = [segment for segment in again if segment.start_s < word.end_s and word.start_s < segment.end_s]
+    if not beside:
+        return word
+    start_s, end_s = min(segment.start_s for segment in beside), max(segment.end_s for segment in beside)
+    if start_s - word.start_s >= _SHORTEST_LEFT_S:
+        return replace(word, end_s=start_s)
+    return replace(word, start_s=end_s) if word.end_s - end_s >= _SHORTEST_LEFT_S else None
+
+
+def _with_words(segments: Sequence[Segment], change: Callable[[Word], Word | None]) -> list[Segment]:
+    """Stretched words changed or, by None, left out; a segment is cut where that leaves a pause."""
+    changed = [[change(word) if is_stretched(word) else word for word in segment.words] for segment in segments]
+    return [
+        Segment(run, segment.no_speech)
+        for segment, words in zip(segments, changed, strict=True)
+        for run in runs_of_words([word for word in words if word is not None], _PAUSE_S)
+    ]
 
 
 def find_whisper() -> Path:
