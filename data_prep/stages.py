@@ -211,12 +211,14 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
     except Rejected as error:
         row["failures"].append(Failure.of(recording.source, "ingest", error, duration_s=recording.duration_s).row())
         return row
+    duration_s = ingested.duration_s
+    channels = [soxr.resample(audio, SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32, copy=False) for audio in ingested.audio]
+    del ingested  # a gigabyte of three hours
     transcriber = _transcriber(listening.transcribe)
-    for channel, audio in enumerate(ingested.audio):
-        heard = soxr.resample(audio, SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32, copy=False)
+    for channel, heard in enumerate(channels):
         activity = local_activity(heard, listening.transcribe.device)  # heard once, for words and for speakers
         transcript = transcriber.transcribe(heard, activity)
-        transcript.duration_s = ingested.duration_s
+        transcript.duration_s = duration_s
         if by_channel:
             transcript.channel = channel
             for word in transcript.words:
