@@ -49,6 +49,7 @@ from data_prep.transcript import Transcript  # noqa: E402
 
 NORMALISER = EnglishTextNormalizer({"color": "colour", "neighbors": "neighbours"})  # American spellings of the lines' words
 NOISES = {"mm", "hmm", "mmhmm", "mhm", "hm", "uh", "huh", "uhhuh", "um", "ah", "oh"}
+NOISY, QUIET = "the talks at 20 dB of noise", "the others"
 KINDS = ("talk", "call", "simulation", "meeting")
 GROUPS = {"talk": "talks", "simulation": "simulations", "meeting": "meetings"}
 
@@ -188,7 +189,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
                 counts["wer"][1] += len(said)
                 said_in_turns = [word for turn in turns if not turn["backchannel"] for word in words_of(turn["text"])]
                 errors_in_turns = edits(said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)])
-                for key in ("wer_turns", str(entry["round"])):
+                for key in ("wer_turns", f"round {entry['round']}", NOISY if "noise" in name else QUIET):
                     counts[key][0] += errors_in_turns
                     counts[key][1] += len(said_in_turns)
             wer = f"{errors / len(said):.1%}"
@@ -226,8 +227,9 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
         talks = [entry for name, entry in scores["cpwer"].items() if truth[name]["kind"] == "talk"]
         values["word error rate, talks"] = f"{counts['wer'][0] / counts['wer'][1]:.2%}"
         values["the same without listeners' noises on either side"] = f"{counts['wer_turns'][0] / counts['wer_turns'][1]:.2%}"
-        for number in range(1, NUM_ROUNDS + 1):
-            values[f"... in round {number}"] = "{:,} words of {:,}".format(*counts[str(number)])
+        for key in (*(f"round {number + 1}" for number in range(NUM_ROUNDS)), NOISY, QUIET):
+            wrong, said_there = counts[key]
+            values[f"... in {key}"] = f"{wrong:,} words of {said_there:,}, {wrong / max(1, said_there):.2%}"
         values["cpWER, talks"] = f"{sum(entry['errors'] for entry in talks) / sum(entry['length'] for entry in talks):.2%}"
     calls = [entry for name, entry in scores["cpwer"].items() if truth[name]["kind"] == "call"]
     if calls:

@@ -793,7 +793,7 @@ class PrepPlanConfig:
     unit_min: float = 30.0  # as in python -m data_prep
     # Measured here (benchmarks/results/prep.md), of a Xeon and an EPYC with AVX-512 the slower; measure your own on an hour.
     ingest_x: float = 400.0  # decoding, resampling, loudness; done in each of three stages
-    transcribe_x: float = 5.3  # speech, Whisper base in int8, speakers, on dense conversations
+    transcribe_x: float = 5.0  # speech, Whisper base in int8, speakers, on dense talk: 5.3 when greedy, less what a beam of 5 costs
     dnsmos_x: float = 24.0  # of the 54 s of a recording that are looked at
     encode_x: float = 9.0  # the stage: Mimi in float32 on what is kept
     # Estimated from what others publish for an H100, never run here: 11,500 GPU-hours of Whisper and 9,500 of pyannote a million hours.

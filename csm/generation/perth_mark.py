@@ -128,7 +128,7 @@ def _weights_path() -> Path:
 
 @cache
 def _load_weights(path: Path) -> dict[str, Tensor]:
-    """Perth's tensors. Its file is a torch pickle, the only one we read: digest checked, tensors only."""
+    """Perth's tensors. Its file is a torch pickle: digest checked, tensors only."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != _WEIGHTS_SHA256:
         raise ImportError(f"{path} is not the file that resemble-perth 1.0.1 ships; pip install --force-reinstall resemble-perth==1.0.1")
