@@ -95,9 +95,9 @@ class Transcriber:
                 believed.append(segment)
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
-        transcript.segments = placed(_with_words(believed, lambda word: None))
+        transcript.segments = placed(_mended(believed, lambda word: None))
         again = self._passed_over(audio, transcript, language)
-        transcript.segments = placed([*_with_words(believed, lambda word: clear_of(word, again)), *again])
+        transcript.segments = placed([*_mended(believed, lambda word: clear_of(word, again)), *again])
         transcript.segments.sort(key=lambda segment: segment.start_s)
         return transcript
 
@@ -295,12 +295,12 @@ def clear_of(word: Word, again: Sequence[Segment]) -> Word | None:
     return replace(word, start_s=end_s) if word.end_s - end_s >= _SHORTEST_LEFT_S else None
 
 
-def _with_words(segments: Sequence[Segment], change: Callable[[Word], Word | None]) -> list[Segment]:
-    """Stretched words changed or, by None, left out; a segment is cut where that leaves a pause."""
-    changed = [[change(word) if is_stretched(word) else word for word in segment.words] for segment in segments]
+def _mended(segments: Sequence[Segment], mend: Callable[[Word], Word | None]) -> list[Segment]:
+    """Stretched words mended or, by None, left out; a segment is cut where that leaves a pause."""
+    mended = [[mend(word) if is_stretched(word) else word for word in segment.words] for segment in segments]
     return [
         Segment(run, segment.no_speech)
-        for segment, words in zip(segments, changed, strict=True)
+        for segment, words in zip(segments, mended, strict=True)
         for run in runs_of_words([word for word in words if word is not None], _PAUSE_S)
     ]
 
