@@ -1,6 +1,6 @@
 """How well recordings are heard: words, speakers, turns and times, on conversations whose truth is known.
 
-    python benchmarks/prep_accuracy.py --truth DIR             # 15 minutes of one core; DIR is made when it is not there (prep_truth.py)
+    python benchmarks/prep_accuracy.py --truth DIR             # 40 minutes of one core; DIR is made when it is not there (prep_truth.py)
     python benchmarks/prep_accuracy.py --truth DIR --only meeting simulation     # kinds: talk, call, simulation, meeting
     python benchmarks/prep_accuracy.py --truth DIR transcribe.model=tiny.en      # any of transcribe., diarize., segment.
 
@@ -189,7 +189,7 @@ def measure(folder: Path, kinds: list[str], configs: dict[str, Any]) -> tuple[di
                 counts["wer"][1] += len(said)
                 said_in_turns = [word for turn in turns if not turn["backchannel"] for word in words_of(turn["text"])]
                 errors_in_turns = edits(said_in_turns, [word for turn in made if not turn.backchannel for word in words_of(turn.text)])
-                for key in ("wer_turns", f"round {entry['round']}", NOISY if "noise" in name else QUIET):
+                for key in ("wer_turns", f"round {entry['round']}", NOISY if entry["is_noisy"] else QUIET):
                     counts[key][0] += errors_in_turns
                     counts[key][1] += len(said_in_turns)
             wer = f"{errors / len(said):.1%}"

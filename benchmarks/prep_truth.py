@@ -97,7 +97,7 @@ TALKS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "call slt and joe, two channels": (["flite:slt", "piper:joe"], {"stereo": True}),
 }
 NUM_TURNS = 24
-NUM_ROUNDS = 6  # of talks: the same voices in the same manner, other lines and other moments. Nothing was chosen on the last three.
+NUM_ROUNDS = 6  # of talks: the same voices in the same manner, other lines and other moments. Nothing was chosen on rounds 3 to 5.
 PIPER = """
 import json, sys, wave
 from importlib.metadata import files
@@ -315,19 +315,19 @@ def meetings(folder: Path) -> dict[str, tuple[np.ndarray, list[dict[str, Any]]]]
 
 
 def build(folder: Path) -> dict[str, dict[str, Any]]:
-    """Everything, once: name -> {path, kind, duration_s, turns, round}; the round is a talk's or a call's."""
+    """Everything, once: name -> {path, kind, duration_s, turns}; of a talk and a call its round and whether noise was added, too."""
     truth_path = folder / "truth.json"
     if truth_path.exists():
         return json.loads(truth_path.read_text())
     fetch(folder)
     (folder / "audio").mkdir(exist_ok=True)
     made: dict[str, tuple[str, np.ndarray, list[dict[str, Any]]]] = {}
-    rounds: dict[str, int] = {}
+    more: dict[str, dict[str, Any]] = {}
     voices = Voices(folder)
     for round_ in range(NUM_ROUNDS):
         for index, (name, (speakers, manner)) in enumerate(TALKS.items()):
             full_name = name if round_ == 0 else f"{name}, round {round_ + 1}"
-            rounds[full_name] = round_ + 1
+            more[full_name] = dict(round=round_ + 1, is_noisy="noise_db" in manner)
             made[full_name] = ("call" if manner.get("stereo") else "talk", *make_talk(voices, speakers, manner, 100_000 * round_ + index))
     clips = prompts(folder)
     for index, num_speakers in enumerate((2, 2, 3, 3, 4, 4)):
@@ -343,7 +343,7 @@ def build(folder: Path) -> dict[str, dict[str, Any]]:
             out.setframerate(RATE_HZ)
             out.writeframes((np.clip(audio.T, -1, 1) * 32_767).astype(np.int16).tobytes())
         truth[name] = dict(
-            path=str(path.relative_to(folder)), kind=kind, duration_s=audio.shape[1] / RATE_HZ, turns=turns, round=rounds.get(name)
+            path=str(path.relative_to(folder)), kind=kind, duration_s=audio.shape[1] / RATE_HZ, turns=turns, **more.get(name, {})
         )
     truth_path.write_text(json.dumps(truth))
     return truth

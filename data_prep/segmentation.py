@@ -130,6 +130,11 @@ def load_network() -> SegmentationNet:
     return SegmentationNet()
 
 
+def samples_between(audio: np.ndarray, start_s: float, end_s: float) -> np.ndarray:
+    """That part of 16 kHz audio [S], as a view."""
+    return audio[int(start_s * RATE_HZ) : int(end_s * RATE_HZ)]
+
+
 def window_starts(num_samples: int) -> np.ndarray:
     """First sample of each window; the last one reaches the end."""
     last = max(0, num_samples - round(WINDOW_S * RATE_HZ))

@@ -24,7 +24,7 @@ from csm.config import TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
 from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
-from data_prep.segmentation import FRAME_S, RATE_HZ, Activity, frame_time, local_activity
+from data_prep.segmentation import FRAME_S, RATE_HZ, Activity, frame_time, local_activity, samples_between
 from data_prep.segmentation import WEIGHTS as SEGMENTATION
 from data_prep.transcript import Dropped, Segment, Span, Transcript, Word, compression, mean_log_probability, runs_of_words, wordless
 
@@ -106,7 +106,7 @@ class Transcriber:
         whisper = self._reader.whisper
         if not whisper.model.is_multilingual:
             return "en", 1.0
-        speech = np.concatenate([audio[int(window.start_s * RATE_HZ) : int(window.end_s * RATE_HZ)] for window in windows[:30]])
+        speech = np.concatenate([samples_between(audio, window.start_s, window.end_s) for window in windows[:30]])
         language, probability, _ = whisper.detect_language(speech)
         return language, float(probability)
 

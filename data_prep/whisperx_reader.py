@@ -21,7 +21,7 @@ import torch
 
 from csm.config import TranscribeConfig
 from csm.reachable import can_reach
-from data_prep.segmentation import RATE_HZ
+from data_prep.segmentation import samples_between
 from data_prep.transcript import Segment, Span, Word, runs_of_words
 
 _PUNCTUATION = "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、"  # joined to the word behind and before, as WhisperX does
@@ -96,7 +96,7 @@ class WhisperXReader:
         from faster_whisper.audio import pad_or_trim
         from faster_whisper.tokenizer import Tokenizer
 
-        model, clip = self.whisper, audio[int(window.start_s * RATE_HZ) : int(window.end_s * RATE_HZ)]
+        model, clip = self.whisper, samples_between(audio, window.start_s, window.end_s)
         tokenizer = Tokenizer(model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=language)
         features = model.feature_extractor(clip)[..., :-1]
         segment = {"seek": 0, "tokens": tokenizer.encode(" " + text.strip()), "start": 0.0, "end": window.duration_s}
