@@ -261,6 +261,7 @@ class SpikeConfig:
 
 STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PRECISIONS = ("32", "bf16-mixed", "bf16-true")
+AUTO = "auto"
 
 
 @dataclass
@@ -271,7 +272,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = 1  # processes on this node
     num_nodes: int = 1
-    precision: str = "32"
+    precision: str = "32"  # or "bf16-mixed", "bf16-true", or "auto": bf16-mixed where the device has bfloat16 products, else 32
     max_steps: int = 1000  # optimizer steps
     accumulate: int = 1  # micro-batches of one optimizer step
     checkpoint_every: int = 200  # optimizer steps; 0 is only at the end
@@ -295,7 +296,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         self.precision = str(self.precision)
         _one_of("trainer.strategy", self.strategy, STRATEGIES)
-        _one_of("trainer.precision", self.precision, PRECISIONS)
+        _one_of("trainer.precision", self.precision, (AUTO, *PRECISIONS))
         _one_of("trainer.on_non_finite", self.on_non_finite, ("stop", "skip"))
         for name in ("devices", "num_nodes", "max_steps", "accumulate", "log_every"):
             _require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "a positive number")

@@ -93,7 +93,7 @@ def test_defaults_are_not_shared_between_configurations(cls: type) -> None:
         (CodecConfig, {"name": "encodec"}, "codec.name='encodec': expected one of spectral, mimi"),
         (TextConfig, {"tokenizer": "bpe"}, "text.tokenizer='bpe': expected one of words, bytes, llama3"),
         (TrainerConfig, {"strategy": "fsdp"}, "trainer.strategy='fsdp': expected one of auto, ddp"),
-        (TrainerConfig, {"precision": "fp16"}, "trainer.precision='fp16': expected one of 32, bf16-mixed, bf16-true"),
+        (TrainerConfig, {"precision": "fp16"}, "trainer.precision='fp16': expected one of auto, 32, bf16-mixed, bf16-true"),
         (TrainerConfig, {"accumulate": 0}, "trainer.accumulate=0: expected a positive number"),
         (TrainerConfig, {"checkpoint_every": -1}, "trainer.checkpoint_every=-1: expected 0 or more"),
         (LoggerConfig, {"name": "tensorboard"}, "logger.name='tensorboard': expected one of csv, wandb, none"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csm import CSM, ModelConfig
 from csm.frames import Batch, Rows, audio_rows, text_rows
-from csm.model import functions
+from csm.model import functions, products
 from csm.model.attention import attend, plan_packed_rows, positions_from_documents
 from csm.model.functions import cross_entropy, rms_norm, rotate, sum_and_look_up, swiglu
 from csm.model.transformer import KVCache
@@ -294,9 +294,11 @@ def test_rotate_equals_its_formula_eager_and_compiled_form(generator, monkeypatc
     torch.testing.assert_close(rotate(x, cos, sin), eager)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
 @pytest.mark.parametrize("num_keys", [24, 300])
-def test_bfloat16_attention_equals_float32_within_its_precision(num_keys, generator):
-    """Both sides of the size at which bfloat16 changes kernels."""
+def test_bfloat16_attention_equals_float32_within_its_precision(num_keys, has_units, generator, monkeypatch):
+    """Both sides of the size at which bfloat16 changes kernels, and as on a CPU without bfloat16 products."""
+    monkeypatch.setattr(products, "_CPU_HAS_BFLOAT16", has_units)
     ids = (torch.arange(num_keys) // 10)[None].expand(2, -1)
     query = torch.randn(2, 4, num_keys, 8, generator=generator)
     key, value = torch.randn(2, 2, 2, num_keys, 8, generator=generator)

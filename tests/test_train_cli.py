@@ -59,7 +59,7 @@ def test_help_is_answered(run_main: Callable) -> None:
         ("optim.lrr=1e-4", "error: optim.lrr: no such key (did you mean optim.lr"),
         ("trainer.max_steps=many", "error: trainer.max_steps: Value 'many'"),
         ("model=csm_2b", "error: model=csm_2b: no such choice"),
-        ("trainer.precision=fp8", "error: trainer.precision='fp8': expected one of 32, bf16-mixed, bf16-true"),
+        ("trainer.precision=fp8", "error: trainer.precision='fp8': expected one of auto, 32, bf16-mixed, bf16-true"),
     ],
 )
 def test_mistake_in_an_override_is_one_line_and_status_2(override: str, expected: str, run_main: Callable) -> None:

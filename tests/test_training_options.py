@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from csm.cli.hydra_entry import compose
 from csm.cli.train import train
 from csm.config import SCHEDULES, TrainConfig
+from csm.model.products import has_bfloat16_products
+from csm.training.device import settle_precision
 from csm.training.module import CSMModule
 from csm.training.optim import learning_rate
 from tests.test_training_module import fit, read_rows
@@ -88,6 +90,34 @@ def test_precision_is_that_of_weights_and_products(precision: str, weights: str,
     means, plain = module.take_window(), fit(overridden(tmp_path / "plain")).take_window()
     for key in ("train/loss", "train/c0", "train/depth"):
         assert means[key] == pytest.approx(plain[key], rel=0.02)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize(("is_fast", "asked", "settled", "is_told"), [
+    (True, "auto", "bf16-mixed", False), (False, "auto", "32", False), (False, "32", "32", False),
+    (True, "bf16-true", "bf16-true", False), (False, "bf16-true", "bf16-true", True), (False, "bf16-mixed", "bf16-mixed", True)
+])  # fmt: skip
+def test_auto_precision_is_the_machines(
+    is_fast: bool, asked: str, settled: str, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csm.training.device.has_bfloat16_products", lambda device_type: is_fast)
+    said: list[str] = []
+    config = settle_precision(overridden(tmp_path, f"trainer.precision={asked}"), said.append)
+    assert config.trainer.precision == settled
+    assert [f"trainer.precision={asked}" in line for line in said] == [True] * is_told
+
+
+def test_muon_is_told_to_be_slow_without_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for is_fast in (True, False):
+        monkeypatch.setattr("csm.training.device.has_bfloat16_products", lambda device_type, is_fast=is_fast: is_fast)
+        settle_precision(overridden(tmp_path, "optim=muon"), said.append)
+    assert len(said) == 1 and "optim=adamw is faster" in said[0]
+
+
+def test_the_run_folder_says_what_auto_became(tmp_path: Path) -> None:
+    train(overridden(tmp_path, "trainer.precision=auto", "trainer.max_steps=1"))
+    expected = "bf16-mixed" if has_bfloat16_products("cpu") else "32"
+    assert f"precision: {expected}\n" in (tmp_path / "config.yaml").read_text().replace("'", "")
 
 
 def test_optimizers_are_those_asked_for_and_fused(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
     from csm.training.background import BackgroundWriter
     from csm.training.callbacks import Clock, DataPosition, EarlyStop, Validation
     from csm.training.checkpoint import FolderCheckpointIO
+    from csm.training.device import settle_precision
     from csm.training.loggers import build_loggers
     from csm.training.metrics import Metrics
     from csm.training.module import CSMModule
@@ -79,6 +80,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
 
     console = Console(quiet=not is_first_process())
     say = _say_on(console)
+    config = settle_precision(config, say)
     set_up_torch(config)
     run_dir = run_folder.choose_run_dir(config)
     resume_from = run_folder.find_resume_point(config, run_dir, say)
@@ -161,7 +163,8 @@ def _say_on(console: Console) -> Callable[[str], None]:
 def _in_words(config: TrainConfig, model: CSM) -> str:
     settings = config.trainer
     rows = config.data.rows_per_batch * settings.accumulate * settings.devices * settings.num_nodes
-    return f"{model.num_parameters / 1e6:,.1f}M parameters, {rows} rows of {config.data.seq_len} a step, {settings.max_steps} steps"
+    step = f"{rows} rows of {config.data.seq_len} a step"
+    return f"{model.num_parameters / 1e6:,.1f}M parameters, {step}, {settings.max_steps} steps, precision {settings.precision}"
 
 
 def _summarise(

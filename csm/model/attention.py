@@ -4,7 +4,7 @@ The transformer asks once per forward for a plan and hands it to every layer. Wh
 - CPU: PyTorch's `scaled_dot_product_attention`, causal without a mask when every row is one document, else with a boolean
   block-diagonal mask. In bfloat16 over at most 256 keys: three explicit batched matmuls, because the CPU flash kernel packs
   its bfloat16 blocks anew for each head (measured forward and backward, one thread: [64, 4 heads, 32] 41 against 3 ms, [8, 4
-  heads, 192] 12 against 6 ms; at 1,024 keys the kernel wins, 62 against 123 ms).
+  heads, 192] 12 against 6 ms; at 1,024 keys the kernel wins, 62 against 123 ms). On a CPU without bfloat16 products: in float32.
 - CUDA: FlexAttention over a block mask for packed rows (blocks of other documents are skipped), SDPA otherwise.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from csm.model.products import must_widen
 
 _MAX_EXPLICIT_KEYS = 256
 
@@ -83,6 +85,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """[B, H, T, head_dim], keys and values [B, kv heads, keys, head_dim] -> [B, H, T, head_dim]."""
     if plan.block_mask is not None:
         return _flex_attention()(query, key, value, block_mask=plan.block_mask, enable_gqa=True)
+    if must_widen(query):
+        with torch.autocast("cpu", enabled=False):
+            wide = F.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True
+            )
+        return wide.to(query.dtype)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= _MAX_EXPLICIT_KEYS:
         return _attend_by_matmul(query, key, value, plan.bias(query, key.shape[2]))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from csm.config import ModelConfig
 from csm.model.functions import sum_and_look_up
+from csm.model.products import batched_product
 from csm.model.transformer import INIT_STD, Linear, Transformer
 
 
@@ -145,7 +146,7 @@ class CSM(nn.Module):
         """[N, D] and the embeddings of codebooks 0..K-2, [N, K-1, D] -> [N, K-1, V]."""
         x = self.projection(torch.cat((previous_hidden[:, None].to(embeds.dtype), embeds), dim=1))  # [N, K, E]
         outputs = self.decoder(x)[:, 1:]  # [N, K-1, E]; what the hidden state's own position says is not used
-        return torch.bmm(outputs.transpose(0, 1), self.audio_head).transpose(0, 1)
+        return batched_product(outputs.transpose(0, 1), self.audio_head).transpose(0, 1)
 
     def forward(self, tokens: Tensor, mask: Tensor, document_ids: Tensor | None = None, depth_index: Tensor | None = None) -> CSMOutput:
         """Run the backbone over packed rows and, for the frames asked for, the depth decoder.

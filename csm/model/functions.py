@@ -12,13 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csm.model.products import compute_dtype
+
 _CHUNK_ELEMENTS = 1 << 20  # of logits: 4 MiB in float32, so that a CPU's passes over a chunk stay in its cache
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products on `x` run in: autocast's where it is on, else `x`'s own."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):

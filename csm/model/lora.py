@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from csm.config import AdapterConfig
 from csm.model.csm import CSM
+from csm.model.products import linear
 from csm.model.transformer import Linear
 
 
@@ -60,8 +61,8 @@ class LowRank(nn.Module):
         return (adapted if scale is None else adapted * scale[:, None]).to(weight.dtype)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.a.to(x.dtype))
-        out = F.linear(x, weight) + F.linear(low, self.b.to(x.dtype)) * self.scaling
+        low = linear(F.dropout(x, self.dropout, self.training), self.a.to(x.dtype))
+        out = linear(x, weight) + linear(low, self.b.to(x.dtype)) * self.scaling
         scale = self.row_scale(weight)
         return out if scale is None else out * scale.to(out.dtype)
 
@@ -88,7 +89,7 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.is_merged:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         return self.adapters[self.active](x, self.weight)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from csm.config import TransformerConfig
 from csm.model.attention import AttentionPlan, attend, causal_mask, document_mask, plan_packed_rows, positions_from_documents
 from csm.model.functions import rms_norm, rotate, swiglu
+from csm.model.products import linear
 
 INIT_STD = 0.02
 
@@ -28,6 +29,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -6,9 +6,14 @@ import re
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from csm.config import AUTO, TrainConfig
+from csm.model.checkpoint_folder import Say
+from csm.model.products import has_bfloat16_products
 
 # Dense bfloat16 tensor TFLOP/s by data sheet (where only the sparse rate is printed, half of it), by the name torch reports.
 # The first pattern that is found counts. Cards without bfloat16 (V100, T4) are left out, and so are names not listed here:
@@ -48,11 +53,26 @@ def data_sheet_tflops(name: str) -> float | None:
     return next((tflops for pattern, tflops in _DATA_SHEET_TFLOPS if re.search(pattern, name)), None)
 
 
+def settle_precision(config: TrainConfig, say: Say) -> TrainConfig:
+    """The configuration with `trainer.precision=auto` settled for this machine; says so where bfloat16 asked for gains no time."""
+    device_type = "cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+    is_fast, precision = has_bfloat16_products(device_type), config.trainer.precision
+    if not is_fast and config.optim.name == "muon":
+        say(f"optim=muon: torch makes its momentum orthogonal in bfloat16, which takes long on this {device_type}: optim=adamw is faster")
+    if precision == AUTO:
+        return replace(config, trainer=replace(config.trainer, precision="bf16-mixed" if is_fast else "32"))
+    if precision != "32" and not is_fast:
+        say(f"trainer.precision={precision}: this {device_type} has no bfloat16 products, so that it saves memory at most, and no time")
+    return config
+
+
 def find_peak_tflops(device: torch.device, precision: str) -> float | None:
     """What a device can do at best: a GPU by its data sheet (bfloat16, whatever the run's precision), a CPU by measuring."""
     if device.type == "cuda":
         return data_sheet_tflops(torch.cuda.get_device_name(device))
-    return measure_cpu_tflops(torch.float32 if precision == "32" else torch.bfloat16) if device.type == "cpu" else None
+    if device.type != "cpu":
+        return None
+    return measure_cpu_tflops(torch.bfloat16 if precision != "32" and has_bfloat16_products("cpu") else torch.float32)
 
 
 def measure_cpu_tflops(dtype: torch.dtype) -> float:
