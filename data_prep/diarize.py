@@ -7,7 +7,7 @@ are kept. The scheme is pyannote's (Bredin 2023, "pyannote.audio 2.1 speaker dia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,11 @@ _MAX_TOGETHER = 4_000  # voices clustered at once: about 50 minutes; longer reco
 # Two in a row for a word of another in between are less than that word, 1. On made talks anything from 0.3 to 1.2 gave the same.
 _CHANGE, _EASY_CHANGE = 0.3, 0.1
 _BREATH_S = 0.3  # a pause after which another may well speak
+_HEARD_TOGETHER = 256  # clips, some 30 MB
 _SAME_EDGE_S = 0.1  # pieces of two windows that begin and end as near as this are one sound, and are heard once
+
+_Place = tuple[int, int, int]  # where in the recording a stretch begins and ends and how long it is alone: windows overlap five times
+_Stretch = tuple[int, int, int, int, float]  # window, local speaker, first frame, the frame behind the last, seconds alone
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +62,7 @@ class Diarizer:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest: what a result depends on besides the configuration."""
-        return {"segmentation": SEGMENTATION.sha256, "speaker": self.encoder.digest, "version": 3}
+        return {"segmentation": SEGMENTATION.sha256, "speaker": self.encoder.digest, "version": 4}
 
     def diarize(self, audio: np.ndarray, speech: Sequence[Span] | None = None, activity: Activity | None = None) -> list[SpeakerSpan]:
         """Spans of speakers 0, 1, ... in the order of their first words; spans of different speakers may overlap.
@@ -86,13 +90,31 @@ class Diarizer:
         return renumbered(spans if speech is None else clipped(spans, speech))
 
     def _pieces(self, audio: np.ndarray, starts: np.ndarray, is_active: np.ndarray) -> list[_Piece]:
-        """What each local speaker says in one go, with the voice it is said in; pieces too short to have a voice are left out."""
+        """What each local speaker says in one go, with the voice it is said in; pieces without a voice are left out."""
+        found: list[tuple[_Place, _Stretch]] = []
+        voices: dict[_Place, np.ndarray | None] = {}
+        waiting: dict[_Place, np.ndarray] = {}  # clips that are not heard yet
+
+        def hear() -> None:
+            voices.update(zip(waiting, self.encoder.embed_all(list(waiting.values())), strict=True))
+            waiting.clear()
+
+        for place, stretch, clip in self._stretches(audio, starts, is_active):
+            found.append((place, stretch))
+            if place not in voices:
+                waiting.setdefault(place, clip)
+            if len(waiting) == _HEARD_TOGETHER:
+                hear()
+        hear()
+        return [_Piece(*stretch, voice) for place, stretch in found if (voice := voices[place]) is not None]
+
+    def _stretches(self, audio: np.ndarray, starts: np.ndarray, is_active: np.ndarray) -> Iterator[tuple[_Place, _Stretch, np.ndarray]]:
+        """Stretches of speech long enough to have a voice, each with its place and its samples, where it can be of the speaker alone."""
         hop = round(FRAME_S * RATE_HZ)
         step = round(_SAME_EDGE_S / FRAME_S)
         is_alone = is_active & (is_active.sum(axis=2, keepdims=True) == 1)
-        pieces: list[_Piece] = []
-        heard: dict[tuple[int, ...], np.ndarray | None] = {}  # voices by where a piece begins and ends: windows overlap five times
         for window, start in enumerate(starts):
+            offset = round(start / hop)
             for local in range(is_active.shape[2]):
                 for first, stop in _runs(is_active[window, :, local], round(self.config.split_pause_s / FRAME_S)):
                     alone = is_alone[window, first:stop, local]
@@ -100,15 +122,9 @@ class Diarizer:
                     mask = alone if alone_s >= self.config.min_alone_s else is_active[window, first:stop, local]
                     clip = audio[start + first * hop : start + stop * hop]
                     clip = clip[np.repeat(mask, hop)[: len(clip)]]
-                    if len(clip) < self.config.min_heard_s * RATE_HZ:
-                        continue
-                    offset = round(start / hop)
-                    place = tuple(round(frames / step) for frames in (offset + first, offset + stop, alone.sum()))
-                    if place not in heard:
-                        heard[place] = self.encoder.embed_all([clip])[0]
-                    if (voice := heard[place]) is not None:
-                        pieces.append(_Piece(window, local, first, stop, alone_s, voice))
-        return pieces
+                    if len(clip) >= self.config.min_heard_s * RATE_HZ:
+                        place = round((offset + first) / step), round((offset + stop) / step), round(alone.sum() / step)
+                        yield place, (window, local, first, stop, alone_s), clip
 
     def _labels(self, pieces: Sequence[_Piece]) -> list[int]:
         """The speaker of every piece. Pieces that overlap in a window are of different speakers, where there are several."""

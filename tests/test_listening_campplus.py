@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from csm.listening.campplus import CampplusEncoder, log_mels
 
@@ -36,6 +38,47 @@ def test_other_texts_of_a_voice_are_nearer_than_other_voices(encoder: CampplusEn
     likeness = voices @ voices.T
     assert likeness[is_same].min() > likeness[~is_same].max()
     np.testing.assert_allclose(np.linalg.norm(voices, axis=1), 1, atol=1e-5)
+
+
+def test_clips_together_are_as_each_alone(encoder: CampplusEncoder, clips: list[list[np.ndarray]]) -> None:
+    """In batches with padding, in any order, among silent ones; also longer than a window of the context."""
+    audio = np.concatenate([clip for texts in clips for clip in texts])
+    lengths = (5_000, 30_000, 31_000, 16_000, 33_000, 70_000, 71_040, 31_500, 100)
+    cut = [audio[3_000 * index :][:length] for index, length in enumerate(lengths)]
+    cut.insert(3, np.zeros(16_000, np.float32))
+    together = encoder.embed_all(cut)
+    assert together[3] is None
+    for clip, embedding in zip(cut, together, strict=True):
+        (alone,) = encoder.embed_all([clip])
+        assert (alone is None) == (embedding is None)
+        if alone is not None:
+            np.testing.assert_allclose(embedding, alone, atol=1e-5)
+
+
+def test_norms_folded_into_weights_change_nothing(monkeypatch: pytest.MonkeyPatch, encoder: CampplusEncoder) -> None:
+    monkeypatch.setattr(CampplusEncoder, "_fold_norms", lambda self: None)
+    mels = torch.randn(2, 130, 80, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(mels), CampplusEncoder()(mels), atol=1e-4, rtol=1e-4)
+
+
+def test_mels_are_transformers_kaldi_features() -> None:
+    clip = np.random.default_rng(1).normal(0, 0.1, 16_123).astype(np.float32)
+    theirs = spectrogram(
+        clip,
+        window_function(400, "povey", periodic=False),
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        remove_dc_offset=True,
+        mel_filters=mel_filter_bank(257, 80, 20.0, 8_000, 16_000, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True),
+        mel_floor=1.1920929e-07,
+        log_mel="log",
+    ).T
+    np.testing.assert_allclose(log_mels(clip), theirs - theirs.mean(axis=0), atol=1e-4)
 
 
 def test_level_says_little_about_a_voice(encoder: CampplusEncoder, clips: list[list[np.ndarray]]) -> None:

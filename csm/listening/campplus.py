@@ -7,16 +7,19 @@ layer sizes of 3D-Speaker's `speech_campplus_sv_zh_en_16k-common_advanced` (Apac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import scipy.fft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pad_sequence
+from transformers.audio_utils import mel_filter_bank, window_function
 
 from csm.listening.acoustics import is_silent
 from csm.listening.speaker import unit
@@ -29,7 +32,13 @@ WEIGHTS = PackagedWeights(
 )
 _HOP, _FRAME = RATE_HZ // 100, RATE_HZ // 40
 _CONTEXT_FRAMES = 100  # that a mask is taken over, besides the whole clip
-_FLOOR = 1.1920929e-07  # Kaldi's
+_FLOOR, _PREEMPHASIS = 1.1920929e-07, 0.97  # Kaldi's
+_MAX_BATCH, _MAX_BATCH_S, _MAX_STRETCH = 8, 24.0, 1.1  # clips, seconds with padding, and the longest beside the shortest
+
+
+def _heard(hidden: Tensor, is_heard: Tensor) -> Tensor:
+    """What is above 0, in place, and nothing behind a clip's end, so that the next convolution sees padding there."""
+    return hidden.relu_().mul_(is_heard)
 
 
 class _Residual(nn.Module):
@@ -45,8 +54,9 @@ class _Residual(nn.Module):
         if stride > 1:
             self.shortcut = nn.Sequential(nn.Conv2d(width, width, 1, stride=(stride, 1), bias=False), nn.BatchNorm2d(width))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(hidden))))) + self.shortcut(hidden))
+    def forward(self, hidden: Tensor, is_heard: Tensor) -> Tensor:
+        inner = _heard(self.bn1(self.conv1(hidden)), is_heard)
+        return _heard(self.bn2(self.conv2(inner)).add_(self.shortcut(hidden)), is_heard)
 
 
 class _Head(nn.Module):
@@ -59,9 +69,12 @@ class _Head(nn.Module):
         self.layer2 = nn.Sequential(_Residual(width, 2), _Residual(width, 1))
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride=(2, 1), padding=1, bias=False), nn.BatchNorm2d(width)
 
-    def forward(self, mels: Tensor) -> Tensor:
-        hidden = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(mels[:, None])))))
-        return F.relu(self.bn2(self.conv2(hidden))).flatten(1, 2)
+    def forward(self, mels: Tensor, is_heard: Tensor) -> Tensor:
+        is_heard = is_heard[:, :, None]  # [B, 1, 1, T]
+        hidden = _heard(self.bn1(self.conv1(mels[:, None])), is_heard)
+        for residual in (*self.layer1, *self.layer2):
+            hidden = residual(hidden, is_heard)
+        return _heard(self.bn2(self.conv2(hidden)), is_heard).flatten(1, 2)
 
 
 class _MaskedLayer(nn.Module):
@@ -74,13 +87,21 @@ class _MaskedLayer(nn.Module):
         self.local = nn.Conv1d(inner, growth, 3, padding=dilation, dilation=dilation, bias=False)
         self.mask_in, self.mask_out = nn.Conv1d(inner, inner // 2, 1), nn.Conv1d(inner // 2, growth, 1)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        inner = F.relu(self.norm2(self.squeeze(F.relu(self.norm1(hidden)))))  # [B, inner, T]
-        around = F.avg_pool1d(inner, _CONTEXT_FRAMES, _CONTEXT_FRAMES, ceil_mode=True)
-        around = around.repeat_interleave(_CONTEXT_FRAMES, dim=2)[..., : inner.shape[2]]
-        context = inner.mean(dim=2, keepdim=True) + around
-        mask = torch.sigmoid(self.mask_out(F.relu(self.mask_in(context))))
-        return torch.cat([hidden, self.local(inner) * mask], dim=1)
+    def forward(self, hidden: Tensor, is_heard: Tensor) -> Tensor:
+        squeezed = self.squeeze(F.relu(self.norm1(hidden), inplace=True))
+        inner = _heard(self.norm2(squeezed), is_heard)  # [B, inner, T]
+        around = _mean_in_windows(inner, is_heard)
+        context = inner.sum(dim=2, keepdim=True) / is_heard.sum(dim=2, keepdim=True) + around
+        mask = torch.sigmoid(self.mask_out(F.relu(self.mask_in(context))))  # [B, growth, windows]
+        mask = mask.repeat_interleave(_CONTEXT_FRAMES, dim=2)[..., : inner.shape[2]]
+        return torch.cat([hidden, self.local(inner).mul_(mask)], dim=1)
+
+
+def _mean_in_windows(inner: Tensor, is_heard: Tensor) -> Tensor:
+    """The mean over the heard frames of each `_CONTEXT_FRAMES`: [B, inner, T] to [B, inner, windows]; 0 where none is heard."""
+    room = (0, -inner.shape[2] % _CONTEXT_FRAMES)
+    share = F.avg_pool1d(F.pad(is_heard, room), _CONTEXT_FRAMES).clamp(min=1 / _CONTEXT_FRAMES)
+    return F.avg_pool1d(F.pad(inner, room), _CONTEXT_FRAMES) / share
 
 
 class CampplusEncoder(nn.Module):
@@ -112,15 +133,43 @@ class CampplusEncoder(nn.Module):
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict({_our_name(key): value for key, value in state.items()})
         self.eval().requires_grad_(False)
+        self._fold_norms()
 
-    def forward(self, mels: Tensor) -> Tensor:
-        """[B, T, 80] log-mels without their mean over time to embeddings [B, 192], not normalised."""
-        hidden = F.relu(self.first_norm(self.first(self.head(mels.transpose(1, 2)))))
+    def _fold_norms(self) -> None:
+        """Put each norm that follows a convolution into its weights: two passes over memory less a layer."""
+        pairs = [(self, "first", "first_norm"), (self.head, "conv1", "bn1"), (self.head, "conv2", "bn2")]
+        for residual in (*self.head.layer1, *self.head.layer2):
+            pairs += [(residual, "conv1", "bn1"), (residual, "conv2", "bn2")]
+            if len(residual.shortcut):
+                pairs.append((residual.shortcut, "0", "1"))
+        pairs += [(layer, "squeeze", "norm2") for block in self.blocks for layer in block]
+        for parent, convolution, norm in pairs:
+            setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
+            setattr(parent, norm, nn.Identity())
+
+    def forward(self, mels: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Embed clips, each as if it were alone.
+
+        Args:
+            mels: [B, T, 80], log-mels without their mean over time, 0 behind a clip's end.
+            num_frames: int64 [B], frames of each clip; None: all have T.
+        Returns:
+            [B, 192], not normalised.
+        """
+        if num_frames is None:
+            num_frames = torch.full((len(mels),), mels.shape[1])
+        hidden = self.head(mels.transpose(1, 2), _is_heard(num_frames, mels.shape[1]))
+        num_frames = (num_frames + 1) // 2
+        is_heard = _is_heard(num_frames, (mels.shape[1] + 1) // 2)
+        hidden = _heard(self.first_norm(self.first(hidden)), is_heard)
         for block, norm, transit in zip(self.blocks, self.transit_norms, self.transits, strict=True):
-            hidden = transit(F.relu(norm(block(hidden))))
-        hidden = F.relu(self.out_norm(hidden))  # [B, 512, T / 2]
-        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2)], dim=1)
-        return self.dense_norm(self.dense(pooled[..., None])).squeeze(2)
+            for layer in block:
+                hidden = layer(hidden, is_heard)
+            hidden = transit(F.relu(norm(hidden), inplace=True))
+        hidden = _heard(self.out_norm(hidden), is_heard)  # [B, 512, T / 2]
+        mean = hidden.sum(dim=2) / num_frames[:, None]
+        variance = ((hidden - mean[..., None]) * is_heard).square().sum(dim=2) / (num_frames[:, None] - 1)
+        return self.dense_norm(self.dense(torch.cat([mean, variance.sqrt()], dim=1)[..., None])).squeeze(2)
 
     def describe(self) -> dict[str, str]:
         """Name, version and weight digest."""
@@ -129,36 +178,54 @@ class CampplusEncoder(nn.Module):
     def embed_all(self, clips: Sequence[np.ndarray]) -> list[np.ndarray | None]:
         """Embed clips of 16 kHz, float32 [S] each, as unit vectors float32 [192]; a silent one gives None.
 
-        One at a time: the network takes means over time, which padding would shift.
+        Clips of like length are embedded together: on one thread that takes a third of the time.
         """
-        return [None if is_silent(clip) else self._embed(clip) for clip in clips]
+        audible = [index for index, clip in enumerate(clips) if not is_silent(clip)]
+        order = sorted(audible, key=lambda index: len(clips[index]))
+        embeddings: list[np.ndarray | None] = [None] * len(clips)
+        for batch in _batches(order, [len(clip) for clip in clips]):
+            for index, embedding in zip(batch, self._embed([clips[index] for index in batch]), strict=True):
+                embeddings[index] = unit(embedding)
+        return embeddings
 
-    def _embed(self, clip: np.ndarray) -> np.ndarray:
+    def _embed(self, clips: Sequence[np.ndarray]) -> np.ndarray:
+        mels = [torch.from_numpy(log_mels(clip)) for clip in clips]
         with torch.inference_mode():
-            return unit(self(torch.from_numpy(log_mels(clip))[None])[0].numpy())
+            return self(pad_sequence(mels, batch_first=True), torch.tensor([len(one) for one in mels])).numpy()
+
+
+def _is_heard(num_frames: Tensor, length: int) -> Tensor:
+    """1 at each clip's frames and 0 behind them, float32 [B, 1, length]."""
+    return (torch.arange(length) < num_frames[:, None])[:, None].float()
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Cut indices, the shortest clips first, into batches of bounded padding and size."""
+    batch: list[int] = []
+    for index in order:
+        is_full = len(batch) == _MAX_BATCH or (len(batch) + 1) * lengths[index] > _MAX_BATCH_S * RATE_HZ
+        if batch and (is_full or lengths[index] > _MAX_STRETCH * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def log_mels(clip: np.ndarray) -> np.ndarray:
     """Kaldi's log-mels of 16 kHz audio, 25 ms each 10 ms, without their mean over time, float32 [T, 80].
 
-    A clip too short for the network's two strides and deviation (65 ms) is said again.
+    A clip too short for the network's two strides and deviation (65 ms) is said again. Equal to transformers' `spectrogram`
+    with Kaldi's settings, which takes ten times as long: it goes frame by frame.
     """
     shortest = _FRAME + 4 * _HOP
     clip = np.tile(clip, -(-shortest // len(clip))) if len(clip) < shortest else clip
-    mels = spectrogram(
-        clip,
-        _window(),
-        frame_length=_FRAME,
-        hop_length=_HOP,
-        fft_length=512,
-        power=2.0,
-        center=False,
-        preemphasis=0.97,
-        remove_dc_offset=True,
-        mel_filters=_filters(),
-        mel_floor=_FLOOR,
-        log_mel="log",
-    ).T
+    frames = np.lib.stride_tricks.sliding_window_view(clip, _FRAME)[::_HOP].astype(np.float64)
+    frames -= frames.mean(axis=1, keepdims=True)
+    frames[:, 1:] -= _PREEMPHASIS * frames[:, :-1]
+    frames[:, 0] *= 1 - _PREEMPHASIS
+    power = np.square(np.abs(scipy.fft.rfft(frames * _window(), 512)))
+    mels = np.log(np.maximum(power @ _filters(), _FLOOR))
     return np.ascontiguousarray(mels - mels.mean(axis=0), dtype=np.float32)
 
 

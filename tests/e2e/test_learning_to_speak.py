@@ -1,6 +1,6 @@
 """From nothing to a voice, by the README's commands on a smaller budget: corpus, training, evaluation, generation.
 
-The bound is not the demo's: half of its steps on a fifth of its strings, where words are still being learnt and rounding alone
+The bound is not the demo's: a third of its steps on a fifth of its strings, where words are still being learnt and rounding alone
 (another processor, another number of threads) moves the word error rate by a factor of two. What it must show is that every part
 is the real one: a model that had not learnt to speak, a codec that had not learnt to sound or an evaluation that had not
 listened would miss it by far (untrained, the word error rate is about 100%).
@@ -25,15 +25,16 @@ from csm.listening.asr import Recogniser
 from csm.listening.speaker import SpeakerEncoder, VoiceBook
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 1000
-MAX_WER = 0.40  # greedy, held-out strings; 11% when written, after 800 steps 15 to 36% by seed and machine
+NUM_STEPS = 650
+MAX_WER = 0.40  # greedy, held-out strings; after 600 steps 19%, after 1000 11%
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str, expect: int = 0, timeout_s: int = 900) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as many as a user's run has
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """One thread, for other tests run beside; the timeout is there for what hangs, a machine half as fast as the slowest seen fits."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -48,9 +49,10 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data.path={data}",
         f"run_dir={run_dir}",
         f"trainer.max_steps={NUM_STEPS}",
-        "trainer.checkpoint_every=500",
-        "trainer.validate_every=500",
-        "trainer.sample_every=500",
+        "trainer.num_threads=1",
+        "trainer.checkpoint_every=400",
+        "trainer.validate_every=400",
+        "trainer.sample_every=400",
         "trainer.sample_texts=[seven four two]",
         "optim.lr=2e-3",
     ]
