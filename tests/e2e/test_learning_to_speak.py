@@ -50,9 +50,9 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"run_dir={run_dir}",
         f"trainer.max_steps={NUM_STEPS}",
         "trainer.num_threads=1",
-        "trainer.checkpoint_every=400",
-        "trainer.validate_every=400",
-        "trainer.sample_every=400",
+        "trainer.checkpoint_every=325",
+        "trainer.validate_every=325",
+        "trainer.sample_every=325",
         "trainer.sample_texts=[seven four two]",
         "optim.lr=2e-3",
     ]
