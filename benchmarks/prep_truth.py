@@ -318,7 +318,10 @@ def build(folder: Path) -> dict[str, dict[str, Any]]:
     """Everything, once: name -> {path, kind, duration_s, turns}; of a talk and a call its round and whether noise was added, too."""
     truth_path = folder / "truth.json"
     if truth_path.exists():
-        return json.loads(truth_path.read_text())
+        truth = json.loads(truth_path.read_text())
+        if sum("round" in entry for entry in truth.values()) != NUM_ROUNDS * len(TALKS):
+            raise SystemExit(f"{truth_path} is of an earlier prep_truth: remove it, and the talks are made anew from what is there")
+        return truth
     fetch(folder)
     (folder / "audio").mkdir(exist_ok=True)
     made: dict[str, tuple[str, np.ndarray, list[dict[str, Any]]]] = {}

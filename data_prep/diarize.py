@@ -7,6 +7,8 @@ are kept. The scheme is pyannote's (Bredin 2023, "pyannote.audio 2.1 speaker dia
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -231,12 +233,13 @@ def _most_active(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def clipped(spans: Sequence[SpeakerSpan], speech: Sequence[Span]) -> list[SpeakerSpan]:
+    """What of the spans is in speech, which is in order and without overlap."""
     clipped = []
     for span in spans:
-        for part in speech:
-            start_s, end_s = max(span.start_s, part.start_s), min(span.end_s, part.end_s)
-            if start_s < end_s:
-                clipped.append(SpeakerSpan(span.speaker, start_s, end_s))
+        for part in itertools.islice(speech, bisect_right(speech, span.start_s, key=lambda part: part.end_s), None):
+            if part.start_s >= span.end_s:
+                break
+            clipped.append(SpeakerSpan(span.speaker, max(span.start_s, part.start_s), min(span.end_s, part.end_s)))
     return clipped
 
 

@@ -144,14 +144,16 @@ def _is_backchannel(utterance: _Utterance, others: Sequence[_Utterance], config:
     if not 1 <= len(words) <= config.max_backchannel_words or not all(word in BACKCHANNELS for word in words):
         return False
     for other in others:
-        if other.speaker == utterance.speaker or other.duration_s <= utterance.duration_s or other.start_s > utterance.start_s:
+        if other.speaker == utterance.speaker or other.duration_s <= utterance.duration_s:
+            continue
+        if not other.start_s <= utterance.start_s <= other.end_s + _NEAR_S:
             continue
         latest = max((word for word in other.words if word.start_s <= utterance.start_s), key=lambda word: word.start_s)
         if latest.word.strip().endswith(QUESTION_MARKS):  # this is the answer
             continue
         if utterance.start_s < other.end_s - _ENDS_S:
             return True
-        if utterance.start_s <= other.end_s + _NEAR_S and _goes_on(other, utterance, others):
+        if _goes_on(other, utterance, others):
             return True
     return False
 

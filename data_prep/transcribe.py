@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ _SHORTEST_LEFT_S = 0.15  # of such a word, beside what was passed over
 _MISSED_ROOM_S, _MISSED_S = 0.3, 0.5  # beyond this much around words, speech of this length should have some: it is read again
 _HEARD_AROUND_S = 0.2
 _SURE_LOG_PROBABILITY = -1.0  # of a second reading; on made talks sentences passed over came at -0.04 to -0.91, noises below -3.5
+_BATCHES_TOGETHER = 8  # faster-whisper holds the features of all windows that it is given, a megabyte each
 _LOUD_SHARE = 0.02  # of the loudest tenth of a second of a recording: quieter "speech" is cross-talk or hiss
 
 
@@ -160,24 +162,26 @@ class _FasterWhisperReader:
         self.settings = {"reader": f"faster-whisper {version('faster-whisper')}, ctranslate2 {version('ctranslate2')}"}
 
     def read(self, audio: np.ndarray, windows: Sequence[Span], language: str, prompt: str | None) -> list[Segment]:
-        found, _ = self.pipeline.transcribe(
-            audio,
-            language=language,
-            batch_size=self.config.batch_size,
-            beam_size=self.config.beam_size,
-            initial_prompt=None if prompt is None else f" {prompt}",  # a space, as before any word
-            temperature=0.0,
-            word_timestamps=True,
-            without_timestamps=True,
-            vad_filter=False,
-            clip_timestamps=[{"start": window.start_s, "end": window.end_s} for window in windows],
-            hallucination_silence_threshold=None,
-            condition_on_previous_text=False,
-        )
         segments = []
-        for entry in found:
-            words = [Word(word.word, float(word.start), float(word.end), float(word.probability)) for word in entry.words or []]
-            segments += [Segment(run, float(entry.no_speech_prob)) for run in runs_of_words(words, _PAUSE_S)]
+        together = _BATCHES_TOGETHER * self.config.batch_size
+        for first in range(0, len(windows), together):
+            found, _ = self.pipeline.transcribe(
+                audio,
+                language=language,
+                batch_size=self.config.batch_size,
+                beam_size=self.config.beam_size,
+                initial_prompt=None if prompt is None else f" {prompt}",  # a space, as before any word
+                temperature=0.0,
+                word_timestamps=True,
+                without_timestamps=True,
+                vad_filter=False,
+                clip_timestamps=[{"start": window.start_s, "end": window.end_s} for window in windows[first : first + together]],
+                hallucination_silence_threshold=None,
+                condition_on_previous_text=False,
+            )
+            for entry in found:
+                words = [Word(word.word, float(word.start), float(word.end), float(word.probability)) for word in entry.words or []]
+                segments += [Segment(run, float(entry.no_speech_prob)) for run in runs_of_words(words, _PAUSE_S)]
         return segments
 
 
@@ -202,7 +206,9 @@ def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu"
             joined[-1].end_s = span.end_s
         else:
             joined.append(span)
-    loud = [span for span in joined if span.duration_s >= config.min_speech_s and _is_loud(audio, span)]
+    quiet = _LOUD_SHARE * _peak(audio)
+    long_enough = [span for span in joined if span.duration_s >= config.min_speech_s]
+    loud = [span for span in long_enough if _peak(samples_between(audio, span.start_s, span.end_s + 1 / RATE_HZ)) > quiet]
     return _padded(loud, config.pad_s, duration_s)
 
 
@@ -215,10 +221,9 @@ def _padded(spans: Sequence[Span], pad_s: float, duration_s: float) -> list[Span
     return padded
 
 
-def _is_loud(audio: np.ndarray, span: Span) -> bool:
-    return float(np.abs(audio[int(span.start_s * RATE_HZ) : int(span.end_s * RATE_HZ) + 1]).max(initial=0)) > _LOUD_SHARE * float(
-        np.abs(audio).max()
-    )
+def _peak(audio: np.ndarray) -> float:
+    """The largest magnitude, without a copy of the samples."""
+    return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
 def windows_of(speech: Sequence[Span], config: TranscribeConfig) -> list[Span]:
@@ -266,14 +271,15 @@ def snapped(segment: Segment, speech: Sequence[Span], duration_s: float, early_s
     None lies outside of the recording.
 
     Args:
+        speech: in order, without overlap.
         early_s: by which starts are too early throughout.
     """
     words = []
     for word in segment.words:
         start_s, end_s = max(word.start_s, min(word.start_s + early_s, word.end_s - _SHORTEST_WORD_S)), word.end_s
-        span = next((span for span in speech if span.start_s < end_s <= span.end_s), None)
-        if span is not None and start_s < span.start_s:
-            start_s = min(span.start_s, max(start_s, end_s - _SHORTEST_WORD_S))
+        at = bisect_left(speech, end_s, key=lambda span: span.end_s)
+        if at < len(speech) and start_s < speech[at].start_s < end_s:
+            start_s = min(speech[at].start_s, max(start_s, end_s - _SHORTEST_WORD_S))
         start_s = max(0.0, min(start_s, duration_s - _SHORTEST_WORD_S))
         words.append(Word(word.word, start_s, min(max(end_s, start_s + _SHORTEST_WORD_S), duration_s), word.probability))
     return Segment(words, segment.no_speech)

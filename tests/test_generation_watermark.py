@@ -223,7 +223,7 @@ def test_what_is_no_sound_is_refused(watermarker, waveform, message):
 def test_other_weights_than_perths_are_refused(tmp_path):
     path = tmp_path / "weights.pth.tar"
     path.write_bytes(b"not Perth's")
-    with pytest.raises(ImportError, match="not the file that resemble-perth 1.0.1 ships"):
+    with pytest.raises(ValueError, match="install resemble-perth==1.0.1"):
         perth_mark._load_weights(path)
 
 

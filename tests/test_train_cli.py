@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from csm.cli.train import main
+from csm.codec import SpectralCodec
 from csm.text import WordTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +106,21 @@ def test_weights_only_checkpoints_load_and_cannot_be_resumed(run_main: Callable)
     status, _, err = run_main(*tiny, "resume=auto", "trainer.max_steps=3")
     assert status == 1
     assert "no optimizer state" in _one_line(err) and "start a new one" in err
+
+
+def test_a_corpus_without_a_validation_split_trains_where_nothing_is_validated(
+    run_main: Callable, write_conversations: Callable, word_tokenizer: WordTokenizer, small_codec: SpectralCodec
+) -> None:
+    write_conversations(Path("data/train"), [[(0, "one two", 5), (1, "three", 4)]] * 4, digest=small_codec.digest)
+    word_tokenizer.save(Path("data"))
+    small_codec.save(Path("data/codec"))
+    shards = (*TINY, "data=shards", "data.path=data", "data.rows_per_batch=2", "trainer.sample_every=0", "run_dir=out")
+    status, _, err = run_main(*shards)
+    assert status == 1
+    assert "data/validation: no such folder" in _one_line(err) and "trainer.validate_every=0" in err
+    status, out, err = run_main(*shards, "trainer.validate_every=0")
+    assert status == 0, err
+    assert "2 of 2" in out and "validation loss" not in out
 
 
 def test_wrong_codec_is_one_line_and_status_1(run_main: Callable, write_conversations: Callable, word_tokenizer: WordTokenizer) -> None:

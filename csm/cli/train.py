@@ -99,7 +99,14 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Path:
         tokenizer = load_run_tokenizer(config)
         codec_folder, codec_digest = find_codec(config)
     data = CSMDataModule(
-        config.data, config.model, tokenizer, codec_digest, config.seed, config.trainer.accumulate, codec_name=config.codec.name
+        config.data,
+        config.model,
+        tokenizer,
+        codec_digest,
+        config.seed,
+        config.trainer.accumulate,
+        codec_name=config.codec.name,
+        has_validation=config.trainer.validate_every > 0,
     )
     data.prepare_data()
     data.setup()

@@ -36,6 +36,7 @@ class CSMDataModule(LightningDataModule):
         accumulate: micro-batches of one optimizer step.
         rank, world_size: None takes the Trainer's, or one process without a Trainer.
         codec_name: for the message about a wrong codec.
+        has_validation: False looks for no validation split, and there is no `val_dataloader`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class CSMDataModule(LightningDataModule):
         rank: int | None = None,
         world_size: int | None = None,
         codec_name: str | None = None,
+        has_validation: bool = True,
     ) -> None:
         super().__init__()
         if tokenizer is None and data.kind != "random":
@@ -59,7 +61,7 @@ class CSMDataModule(LightningDataModule):
                 f"set model.text_vocab_size={tokenizer.vocab_size} or more"
             )
         self.data, self.model, self.tokenizer = data, model, tokenizer
-        self.codec_digest, self.codec_name = codec_digest, codec_name
+        self.codec_digest, self.codec_name, self.has_validation = codec_digest, codec_name, has_validation
         self.seed, self.accumulate = seed, accumulate
         self._rank, self._world_size = rank, world_size
         self._readers: dict[str, tuple[ShardReader, list[Corpus]]] = {}
@@ -72,13 +74,13 @@ class CSMDataModule(LightningDataModule):
         """Check the shards and measure the turns, on one process a node; the others find the lengths beside the shards."""
         if self.data.kind == "random":
             return
-        for split in (self.data.train_split, self.data.val_split):
+        for split in (self.data.train_split, self.data.val_split) if self.has_validation else (self.data.train_split,):
             reader, _ = self._open(split)
             tags = StyleTags(self.data.tag_dropout) if self.data.tag_styles else None
             measure_turns(reader, self._tokenizer(), BadSamples(len(reader), self.data.max_bad_share, reader.name_of), tags)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open both splits; doing it again changes nothing."""
+        """Open the splits; doing it again changes nothing."""
         if self._train is not None:
             return
         if self.data.kind == "random":
@@ -88,8 +90,9 @@ class CSMDataModule(LightningDataModule):
         copies = max(1, self.data.num_workers)
         reader, corpora = self._open(self.data.train_split)
         train = ShardRows(reader, self._tokenizer(), self.data, self.model, corpora, copies)
-        reader, corpora = self._open(self.data.val_split)
-        self._validation = ShardRows(reader, self._tokenizer(), self.data, self.model, corpora)
+        if self.has_validation:
+            reader, corpora = self._open(self.data.val_split)
+            self._validation = ShardRows(reader, self._tokenizer(), self.data, self.model, corpora)
         self._train = train
 
     def keep_bad_samples_in(self, run_dir: Path) -> None:
@@ -247,7 +250,7 @@ class CSMDataModule(LightningDataModule):
             except FileNotFoundError as error:
                 if split != self.data.val_split:
                     raise
-                raise FileNotFoundError(f"{error}; or set data.val_split to a split that is there") from error
+                raise FileNotFoundError(f"{error}; or set data.val_split to a split that is there, or trainer.validate_every=0") from error
             for index in reader.indexes:
                 index.check_codec(num_codebooks=self.model.num_codebooks, digest=self.codec_digest, name=self.codec_name)
             self._readers[split] = reader, corpora

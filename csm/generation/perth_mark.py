@@ -9,9 +9,7 @@ saves resampling; and it marks whole clips, while we must mark a stream.
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,10 +19,16 @@ from torch import Tensor
 from csm.frames import SAMPLE_RATE_HZ
 from csm.generation.spectral_stream import SpectralStream
 from csm.generation.watermark import Watermarker, WatermarkResult, WatermarkStream, resampled
+from csm.packaged import PackagedWeights
 
 DETECTION_THRESHOLD = 0.40  # see PerthWatermarker
-_WEIGHTS = Path("perth_net/pretrained/implicit/perth_net_250000.pth.tar")
-_WEIGHTS_SHA256 = "a15bce457ebc53ce5e6c9c3f11df78cf7ee2bf9cdab0a798902135b4c4027670"
+WEIGHTS = PackagedWeights(
+    "Perth, the second watermark",
+    "resemble-perth==1.0.1",
+    "implicit/perth_net_250000.pth.tar",
+    "a15bce457ebc53ce5e6c9c3f11df78cf7ee2bf9cdab0a798902135b4c4027670",
+    or_else=", or ask for --watermark keyed",
+)
 _WINDOW_S, _HOP_S = 0.064, 0.010
 _NUM_FFT, _HOP = round(_WINDOW_S * SAMPLE_RATE_HZ), round(_HOP_S * SAMPLE_RATE_HZ)  # 1536 and 240 samples at 24 kHz
 _PERTH_NUM_FFT = 2048  # at 32 kHz: magnitudes of our shorter windows are scaled up to its
@@ -49,7 +53,7 @@ class PerthWatermarker(Watermarker):
     name = "perth"
 
     def __init__(self) -> None:
-        self._path = _weights_path()  # found now, so that a missing package is told before any work; read when first used
+        self._path = WEIGHTS.find()  # now, so that a missing package is told before any work; read when first used
 
     def stream(self) -> WatermarkStream:
         return _PerthStream(_load_weights(self._path))
@@ -117,20 +121,8 @@ def _score(readings: Tensor, is_heard: Tensor, weights: dict[str, Tensor]) -> Te
     return (torch.stack(scores) * torch.stack(attention).softmax(dim=0)).sum()
 
 
-def _weights_path() -> Path:
-    """Where the installed package keeps its weights; the package itself is not imported."""
-    spec = find_spec("perth")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / _WEIGHTS).is_file():
-            return Path(folder) / _WEIGHTS
-    raise ImportError("the watermark needs Perth's weights: pip install resemble-perth==1.0.1 (or ask for --watermark keyed)")
-
-
 @cache
 def _load_weights(path: Path) -> dict[str, Tensor]:
     """Perth's tensors. Its file is a torch pickle: digest checked, tensors only."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != _WEIGHTS_SHA256:
-        raise ImportError(f"{path} is not the file that resemble-perth 1.0.1 ships; pip install --force-reinstall resemble-perth==1.0.1")
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    state = torch.load(WEIGHTS.checked(path), map_location="cpu", weights_only=True)["model"]
     return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "decoder."))}
