@@ -11,6 +11,8 @@ TRAIN_ARGS ?=
 EVAL_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
+# In the order of their names, which begins with the longest: sorted by how many tests a file has, the end-to-end run would come last.
+XDIST = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Idle OpenMP threads that spin take the cores from those that work (docs: a tenth of the speed on two busy cores).
 export OMP_WAIT_POLICY := PASSIVE
@@ -42,14 +44,14 @@ demo: $(STAMP) ## learn to speak offline, then let a real ASR hear it; SEED=1 RU
 	@echo "speak    $(VENV)/bin/csm generate --checkpoint $(RUN_DIR) --text 'seven four two' --speaker 0 --out out.wav"
 
 test: $(STAMP) $(PREP_STAMP) ## every test, the slow ones too, each in its environment
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not prep" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(XDIST) -m "not prep" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(PREP_PY) -m pytest -m prep tests/prep
 
 test-prep: $(PREP_STAMP) ## the tests of the data preparation environment alone
 	OMP_NUM_THREADS=1 $(PREP_PY) -m pytest -m prep tests/prep $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## unit tests only
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not prep" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(XDIST) -m "not slow and not prep" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, types, import contracts; runs all four, then fails if one did
 	@failed=; for check in "ruff check ." "ruff format --check -q ." "mypy" "lint-imports --no-logo"; do \
