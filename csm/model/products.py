@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MIN_WIDENED_ROWS = 4  # fewer are told apart from a matrix by torch, and widening the weight takes longer than the product
+_MIN_WIDENED_ROWS = 4  # with fewer, as when a frame is generated, widening the weight takes longer than torch's loops
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
