@@ -43,11 +43,12 @@ class Ingested:
         return self.audio.shape[1] / SAMPLE_RATE_HZ
 
 
-def ingest(path: Path, config: IngestConfig, *, by_channel: bool = False) -> Ingested:
+def ingest(path: Path, config: IngestConfig, *, by_channel: bool = False, channel: int | None = None) -> Ingested:
     """Decode, resample once, level.
 
     Args:
         by_channel: keep channels apart (each is a speaker); else they are averaged.
+        channel: of those kept apart, the only one to return, as if the others were there: of hours, each takes a gigabyte.
     Raises:
         Rejected: what `read_header` and `read_blocks` reject, and "too_long", "not_finite", "clipped", "silent".
     """
@@ -55,10 +56,10 @@ def ingest(path: Path, config: IngestConfig, *, by_channel: bool = False) -> Ing
     max_s = config.max_recording_min * 60
     if header.duration_s > max_s:
         raise Rejected("too_long", f"{header.duration_s / 60:.0f} min, ingest.max_recording_min={config.max_recording_min:g}")
-    audio, clipping = _decode(path, header, by_channel, max_s)
+    audio, clipping, peak = _decode(path, header, by_channel, channel, max_s)
     if clipping > config.max_clipping:
         raise Rejected("clipped", f"{clipping:.1%} of its samples are at full scale, ingest.max_clipping={config.max_clipping:g}")
-    if float(max(audio.max(), -audio.min())) < SILENCE_PEAK:
+    if peak < SILENCE_PEAK:
         raise Rejected("silent", "nothing in it is louder than -60 dBFS")
     gains = [_level(row, config) for row in audio]
     return Ingested(audio, clipping, gains)
@@ -95,14 +96,16 @@ def _meter():  # type: ignore[no-untyped-def]  # pyloudnorm has no types
     return pyloudnorm.Meter(SAMPLE_RATE_HZ)
 
 
-def _decode(path: Path, header: Header, by_channel: bool, max_s: float) -> tuple[np.ndarray, float]:
-    """([C, S] float32 at 24 kHz, share of samples at full scale)."""
-    num_rows = header.num_channels if by_channel else 1
+def _decode(path: Path, header: Header, by_channel: bool, channel: int | None, max_s: float) -> tuple[np.ndarray, float, float]:
+    """([C, S] float32 at 24 kHz, share of samples at full scale, largest magnitude), the latter two of all channels."""
+    kept = slice(None) if channel is None else slice(channel, channel + 1)
+    num_rows = header.num_channels if by_channel and channel is None else 1
     resampler = None
     if header.sample_rate_hz != SAMPLE_RATE_HZ:
         resampler = soxr.ResampleStream(header.sample_rate_hz, SAMPLE_RATE_HZ, num_rows, dtype="float32", quality="HQ")
     audio = _Growing(num_rows, round(header.duration_s * SAMPLE_RATE_HZ) + SAMPLE_RATE_HZ)
     num_samples = num_clipped = 0
+    peak = 0.0
     for block in read_blocks(path, header):
         if block.shape[1] != header.num_channels:
             raise Rejected("bad_format", f"its channels change from {header.num_channels} to {block.shape[1]}")
@@ -113,6 +116,8 @@ def _decode(path: Path, header: Header, by_channel: bool, max_s: float) -> tuple
             raise Rejected("too_long", f"more than {max_s / 60:g} min (ingest.max_recording_min)")
         num_clipped += int((np.abs(block) >= FULL_SCALE).sum())
         rows = block if by_channel else block.mean(axis=1, keepdims=True, dtype=np.float32)
+        peak = max(peak, float(np.abs(rows).max(initial=0.0)))
+        rows = rows[:, kept]
         audio.append(rows if resampler is None else resampler.resample_chunk(rows))
     if num_samples == 0:
         raise Rejected("empty", "no samples in it")
@@ -120,7 +125,7 @@ def _decode(path: Path, header: Header, by_channel: bool, max_s: float) -> tuple
         audio.append(resampler.resample_chunk(np.zeros((0, num_rows), np.float32), last=True))
     if not audio.length:
         raise Rejected("empty", f"{num_samples} samples, less than one at {SAMPLE_RATE_HZ} Hz")
-    return audio.rows[:, : audio.length], num_clipped / (num_samples * header.num_channels)
+    return audio.rows[:, : audio.length], num_clipped / (num_samples * header.num_channels), peak
 
 
 class _Growing:

@@ -206,31 +206,39 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
     try:
         if file_digest(root / recording.source) != recording.digest:
             raise Rejected("changed", "the file is not the one the manifest was made of; run stages=[manifest] again")
-        by_channel = _channels_are_speakers(root / recording.source, listening)
-        ingested = ingest(root / recording.source, listening.ingest, by_channel=by_channel)
+        channels = (0, 1) if _channels_are_speakers(root / recording.source, listening) else (None,)
+        row["transcripts"] = [_listen(root / recording.source, channel, listening).as_json() for channel in channels]
     except Rejected as error:
         row["failures"].append(Failure.of(recording.source, "ingest", error, duration_s=recording.duration_s).row())
-        return row
-    duration_s = ingested.duration_s
-    channels = [soxr.resample(audio, SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32, copy=False) for audio in ingested.audio]
-    del ingested  # a gigabyte of three hours
-    transcriber = _transcriber(listening.transcribe)
-    for channel, heard in enumerate(channels):
-        activity = local_activity(heard, listening.transcribe.device)  # heard once, for words and for speakers
-        transcript = transcriber.transcribe(heard, activity)
-        transcript.duration_s = duration_s
-        if by_channel:
-            transcript.channel = channel
-            for word in transcript.words:
-                word.speaker = channel
-        elif listening.diarize.num_speakers == 1:
-            transcript.speakers = [SpeakerSpan(0, span.start_s, span.end_s) for span in transcript.speech]
-            assign_speakers(transcript)
-        elif transcript.words:
-            transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(heard, transcript.speech, activity)
-            assign_speakers(transcript)
-        row["transcripts"].append(transcript.as_json())
     return row
+
+
+def _listen(path: Path, channel: int | None, listening: Listening) -> Transcript:
+    """What is said in a recording and by whom; of one channel, which is a speaker, or of all.
+
+    A channel is decoded by itself: of three hours it takes a gigabyte.
+
+    Raises:
+        Rejected: as `ingest` does.
+    """
+    ingested = ingest(path, listening.ingest, by_channel=channel is not None, channel=channel)
+    duration_s = ingested.duration_s
+    audio = soxr.resample(ingested.audio[0], SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32, copy=False)
+    del ingested  # another gigabyte
+    activity = local_activity(audio, listening.transcribe.device)  # heard once, for words and for speakers
+    transcript = _transcriber(listening.transcribe).transcribe(audio, activity)
+    transcript.duration_s = duration_s
+    if channel is not None:
+        transcript.channel = channel
+        for word in transcript.words:
+            word.speaker = channel
+    elif listening.diarize.num_speakers == 1:
+        transcript.speakers = [SpeakerSpan(0, span.start_s, span.end_s) for span in transcript.speech]
+        assign_speakers(transcript)
+    elif transcript.words:
+        transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(audio, transcript.speech, activity)
+        assign_speakers(transcript)
+    return transcript
 
 
 def _channels_are_speakers(path: Path, listening: Listening) -> bool:

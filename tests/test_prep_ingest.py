@@ -217,6 +217,17 @@ def test_a_silent_channel_stays_silent(tmp_path: Path) -> None:
     assert got.gain_db[1] == 0.0 and not got.audio[1].any()
 
 
+@pytest.mark.parametrize("rate_hz", [24_000, 44_100])
+def test_one_channel_by_itself_is_that_channel_of_both(tmp_path: Path, rate_hz: int) -> None:
+    rows = [speechlike(2.0, level=0.3), speechlike(2.0, level=0.0, seed=3)]
+    soundfile.write(tmp_path / "call.wav", np.stack(rows, axis=1), rate_hz, subtype="FLOAT")
+    both = ingest(tmp_path / "call.wav", CONFIG, by_channel=True)
+    for channel in range(2):  # the second is silent, which is no reason to refuse it
+        one = ingest(tmp_path / "call.wav", CONFIG, by_channel=True, channel=channel)
+        assert np.array_equal(one.audio, both.audio[channel : channel + 1])
+        assert one.gain_db == both.gain_db[channel : channel + 1] and one.clipping == both.clipping
+
+
 def test_ten_milliseconds_are_levelled_too(tmp_path: Path) -> None:
     _wav(tmp_path / "a.wav", speechlike(0.01))
     assert ingest(tmp_path / "a.wav", CONFIG).audio.shape == (1, 240)
