@@ -32,9 +32,15 @@ def has_bfloat16_products(device_type: str) -> bool:
     return device_type == "cpu" and _CPU_HAS_BFLOAT16
 
 
-_CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and any(
-    torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
-)
+def _cpu_has_bfloat16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # torch 2.8, which tells of x86 only
+
+
+_CPU_HAS_BFLOAT16 = _cpu_has_bfloat16()
 
 
 def must_widen(x: Tensor) -> bool:
