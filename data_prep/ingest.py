@@ -19,7 +19,7 @@ from data_prep.failures import Rejected
 
 FULL_SCALE = 32_767 / 32_768  # the largest 16-bit sample; floating point files clip above it
 SILENCE_PEAK = 1e-3  # -60 dBFS: nothing louder than that is nothing said
-NUM_LOUDNESS_MIN = 30  # loudness of a longer recording is that of as many minutes, spread over it
+NUM_LOUDNESS_MIN = 10  # loudness of a longer recording is that of as many minutes, spread over it; each takes 40 MB
 _MINUTE = 60 * SAMPLE_RATE_HZ
 _OVERSAMPLING = 4  # of the true peak; source: ITU-R BS.1770-4, annex 2
 
