@@ -14,6 +14,7 @@ import soxr
 
 from csm.config import IngestConfig
 from csm.frames import SAMPLE_RATE_HZ
+from csm.listening.acoustics import peak
 from data_prep.decode import Header, read_blocks, read_header
 from data_prep.failures import Rejected
 
@@ -56,10 +57,10 @@ def ingest(path: Path, config: IngestConfig, *, by_channel: bool = False, channe
     max_s = config.max_recording_min * 60
     if header.duration_s > max_s:
         raise Rejected("too_long", f"{header.duration_s / 60:.0f} min, ingest.max_recording_min={config.max_recording_min:g}")
-    audio, clipping, peak = _decode(path, header, by_channel, channel, max_s)
+    audio, clipping, highest = _decode(path, header, by_channel, channel, max_s)
     if clipping > config.max_clipping:
         raise Rejected("clipped", f"{clipping:.1%} of its samples are at full scale, ingest.max_clipping={config.max_clipping:g}")
-    if peak < SILENCE_PEAK:
+    if highest < SILENCE_PEAK:
         raise Rejected("silent", "nothing in it is louder than -60 dBFS")
     gains = [_level(row, config) for row in audio]
     return Ingested(audio, clipping, gains)
@@ -79,12 +80,12 @@ def loudness_lufs(row: np.ndarray) -> float:
 
 def true_peak(row: np.ndarray) -> float:
     """The highest point of the waveform between its samples, [S] at 24 kHz, four times oversampled."""
-    peak = float(max(row.max(), -row.min()))  # no copy: of hours that is a gigabyte
+    highest = peak(row)
     for start in range(0, len(row), _MINUTE):
         # A second more on each side: the filter's ends lie outside of the minute.
         part = row[max(0, start - SAMPLE_RATE_HZ) : start + _MINUTE + SAMPLE_RATE_HZ]
-        peak = max(peak, float(np.abs(soxr.resample(part, 1, _OVERSAMPLING)).max()))
-    return peak
+        highest = max(highest, peak(soxr.resample(part, 1, _OVERSAMPLING)))
+    return highest
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +106,7 @@ def _decode(path: Path, header: Header, by_channel: bool, channel: int | None, m
         resampler = soxr.ResampleStream(header.sample_rate_hz, SAMPLE_RATE_HZ, num_rows, dtype="float32", quality="HQ")
     audio = _Growing(num_rows, round(header.duration_s * SAMPLE_RATE_HZ) + SAMPLE_RATE_HZ)
     num_samples = num_clipped = 0
-    peak = 0.0
+    highest = 0.0
     for block in read_blocks(path, header):
         if block.shape[1] != header.num_channels:
             raise Rejected("bad_format", f"its channels change from {header.num_channels} to {block.shape[1]}")
@@ -116,7 +117,7 @@ def _decode(path: Path, header: Header, by_channel: bool, channel: int | None, m
             raise Rejected("too_long", f"more than {max_s / 60:g} min (ingest.max_recording_min)")
         num_clipped += int((np.abs(block) >= FULL_SCALE).sum())
         rows = block if by_channel else block.mean(axis=1, keepdims=True, dtype=np.float32)
-        peak = max(peak, float(np.abs(rows).max(initial=0.0)))
+        highest = max(highest, peak(rows))
         rows = rows[:, kept]
         audio.append(rows if resampler is None else resampler.resample_chunk(rows))
     if num_samples == 0:
@@ -125,7 +126,7 @@ def _decode(path: Path, header: Header, by_channel: bool, channel: int | None, m
         audio.append(resampler.resample_chunk(np.zeros((0, num_rows), np.float32), last=True))
     if not audio.length:
         raise Rejected("empty", f"{num_samples} samples, less than one at {SAMPLE_RATE_HZ} Hz")
-    return audio.rows[:, : audio.length], num_clipped / (num_samples * header.num_channels), peak
+    return audio.rows[:, : audio.length], num_clipped / (num_samples * header.num_channels), highest
 
 
 class _Growing:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from csm.config import TranscribeConfig
+from csm.listening.acoustics import peak
 from csm.listening.asr import find_packaged_whisper
 from data_prep.packaged_whisper import WEIGHTS_SHA256 as BASE_SHA256
 from data_prep.packaged_whisper import find_base
@@ -206,9 +207,9 @@ def find_speech(audio: np.ndarray, config: TranscribeConfig, device: str = "cpu"
             joined[-1].end_s = span.end_s
         else:
             joined.append(span)
-    quiet = _LOUD_SHARE * _peak(audio)
+    quiet = _LOUD_SHARE * peak(audio)
     long_enough = [span for span in joined if span.duration_s >= config.min_speech_s]
-    loud = [span for span in long_enough if _peak(samples_between(audio, span.start_s, span.end_s + 1 / RATE_HZ)) > quiet]
+    loud = [span for span in long_enough if peak(samples_between(audio, span.start_s, span.end_s + 1 / RATE_HZ)) > quiet]
     return _padded(loud, config.pad_s, duration_s)
 
 
@@ -219,11 +220,6 @@ def _padded(spans: Sequence[Span], pad_s: float, duration_s: float) -> list[Span
         if after.start_s < before.end_s:
             before.end_s = after.start_s = (before.end_s + after.start_s) / 2
     return padded
-
-
-def _peak(audio: np.ndarray) -> float:
-    """The largest magnitude, without a copy of the samples."""
-    return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
 def windows_of(speech: Sequence[Span], config: TranscribeConfig) -> list[Span]:

@@ -21,6 +21,11 @@ def resample(audio: np.ndarray, to_hz: int) -> np.ndarray:
     return soxr.resample(audio, SAMPLE_RATE_HZ, to_hz).astype(np.float32, copy=False)
 
 
+def peak(audio: np.ndarray) -> float:
+    """The largest magnitude, without a copy of the samples: of hours that is a gigabyte."""
+    return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
+
+
 def is_silent(audio: np.ndarray) -> bool:
     """Whether there is nothing to hear: no samples, or all of it below -60 dBFS."""
     return audio.size == 0 or float(np.sqrt(np.mean(np.square(audio, dtype=np.float64)))) < 10 ** (SILENT_DB / 20)

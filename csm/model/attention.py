@@ -87,12 +87,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
         return _flex_attention()(query, key, value, block_mask=plan.block_mask, enable_gqa=True)
     if must_widen(query):
         with torch.autocast("cpu", enabled=False):
-            wide = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True
-            )
-        return wide.to(query.dtype)
+            return _attend_by_sdpa(query.float(), key.float(), value.float(), plan).to(query.dtype)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= _MAX_EXPLICIT_KEYS:
         return _attend_by_matmul(query, key, value, plan.bias(query, key.shape[2]))
+    return _attend_by_sdpa(query, key, value, plan)
+
+
+def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True)
 
 
