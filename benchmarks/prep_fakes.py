@@ -156,8 +156,8 @@ def install() -> None:
     data_prep.engine.ingest = _ingest
 
 
-def _ingest(path: Path, config: object, *, by_channel: bool = False) -> Ingested:
-    """A file's samples, three for one, without a level."""
+def _ingest(path: Path, config: object, *, by_channel: bool = False, channel: int | None = None) -> Ingested:
+    """A file's samples, three for one, without a level; there is one channel."""
     audio, _ = soundfile.read(path, dtype="float32")
     if not audio.any():
         raise Rejected("silent", "nothing in it")

@@ -75,8 +75,13 @@ def make(work: Path, num_recordings: int, num_errors: int, num_kills: int) -> No
 
 
 def run_and_kill(arguments: argparse.Namespace, kept: dict[str, Any], stop_at_s: float) -> bool:
-    """Run the command, killed after some time, until a run is left alone to its end. True when that left nothing undone."""
+    """Run the command, killed after some time, until a run is left alone to its end. True when that left nothing undone.
+
+    Raises:
+        SystemExit: when a run left alone got no further than those before it.
+    """
     draw = random.Random(kept["num_kills"])
+    before = None
     while time.monotonic() < stop_at_s:
         command = [sys.executable, __file__, "--part", "prepare", "--work", str(arguments.work), "--executor", arguments.executor]
         kill_after_s = draw.uniform(*arguments.kill_after) if kept["num_kills"] < arguments.driver_kills else float("inf")
@@ -99,6 +104,11 @@ def run_and_kill(arguments: argparse.Namespace, kept: dict[str, Any], stop_at_s:
             raise SystemExit(f"status {status}; see {arguments.work / 'log.txt'}")
         if left == 0:
             return True
+        if status is not None:
+            now = (left, len(list((arguments.work / "misfortunes").iterdir())))
+            if now == before:
+                raise SystemExit(f"again {now[0]} units left and {now[1]} misfortunes to come; see {arguments.work / 'log.txt'}")
+            before = now
     return False
 
 
