@@ -15,15 +15,14 @@ from csm.codec.mimi_encoder import balanced_packs, map_in_threads
 SLIDING_WINDOW = 10  # positions of attention, 5 frames: short, so that clips here reach past it
 
 
-def tiny_mimi(seed: int = 0) -> MimiModel:
+def tiny_mimi(seed: int = 0, **settings: object) -> MimiModel:
     torch.manual_seed(seed)
-    model = MimiModel(
-        MimiConfig(
-            hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-            intermediate_size=64, codebook_size=64, codebook_dim=16, vector_quantization_hidden_dimension=16, num_quantizers=8,
-            sliding_window=SLIDING_WINDOW, layer_scale_initial_scale=0.5,
-        )
+    sizes = dict(
+        hidden_size=32, num_filters=4, upsample_groups=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+        intermediate_size=64, codebook_size=64, codebook_dim=16, vector_quantization_hidden_dimension=16, num_quantizers=8,
+        sliding_window=SLIDING_WINDOW, layer_scale_initial_scale=0.5,
     )  # fmt: skip
+    model = MimiModel(MimiConfig(**{**sizes, **settings}))
     for name, buffer in model.named_buffers():
         if name.endswith("embed_sum"):
             buffer.normal_()
@@ -61,6 +60,25 @@ def test_both_ways_to_encode_give_the_codes_of_transformers(codec, way):
     assert max(codes.unique().numel() for codes in expected) > 8
     for theirs, ours in zip(expected, found, strict=True):
         assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_residual_layers": 2},  # the second of them dilated
+        {"upsampling_ratios": [15, 4, 4, 4]},
+        {"upsampling_ratios": [12, 10, 8]},
+        {"num_key_value_heads": 2},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_other_shapes_of_mimi_give_the_codes_of_transformers_one_by_one_and_together(settings):
+    codec = MimiCodec(tiny_mimi(**settings))
+    whole = [clip[: len(clip) // 1920 * 1920] for clip in clips() if len(clip) >= 1920]
+    with torch.inference_mode():
+        expected = [codec.model.encode(clip[None, None], num_quantizers=8).audio_codes[0] for clip in whole]
+    for theirs, ours, alone in zip(expected, codec.encode(whole), [codec.encode([clip])[0] for clip in whole], strict=True):
+        assert torch.equal(theirs, ours) and torch.equal(ours, alone)
 
 
 def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
