@@ -40,7 +40,9 @@ def merge(job: Job, units: Sequence[Unit]) -> dict[str, Any]:
     with locked(job.work / "merge.lock", what=f"merging {job.output}"):
         done = [record for record in read_all_done(units, job) if record is not None]
         if not done:
-            raise ValueError(f"{job.output}: none of {len(units)} units is done; each that failed is named above, else run stages=[encode] first")
+            raise ValueError(
+                f"{job.output}: none of {len(units)} units is done; each that failed is named above, else run stages=[encode] first"
+            )
         _remove_units_not_planned(job, {unit.name for unit in units})
         plan = json.loads((job.work / "plan.json").read_text(encoding="utf-8"))
         for split in (TRAIN, VALIDATION):

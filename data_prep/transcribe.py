@@ -47,6 +47,7 @@ _SHORTEST_WORD_S = 0.04
 _LONGEST_WORD_S = 1.0  # of 4,780 words of made talks none took more than 0.75 s but those that cover what was passed over
 _SHORTEST_LEFT_S = 0.15  # of such a word, beside what was passed over
 _MISSED_ROOM_S, _MISSED_S = 0.3, 0.5  # beyond this much around words, speech of this length should have some: it is read again
+_SIDE_S, _AMID_S = 0.25, 1.3  # what of it is on each side of a word in its middle, at least; that word with room around it, at most
 _HEARD_AROUND_S = 0.2
 _SURE_LOG_PROBABILITY = -1.0  # of a second reading; on made talks sentences passed over came at -0.04 to -0.91, noises below -3.5
 _BATCHES_TOGETHER = 8  # faster-whisper holds the features of all windows that it is given, a megabyte each
@@ -71,7 +72,7 @@ class Transcriber:
     @property
     def settings(self) -> dict[str, Any]:
         """Models by digest, programs by version: what a transcript depends on besides the configuration."""
-        return {"whisper": self.digest, "speech": SEGMENTATION.sha256, "version": 7, **self._reader.settings}
+        return {"whisper": self.digest, "speech": SEGMENTATION.sha256, "version": 8, **self._reader.settings}
 
     def transcribe(self, audio: np.ndarray, activity: Activity | None = None) -> Transcript:
         """The words of 16 kHz audio, float32 [S], with times in seconds; what is not believed is in `dropped`.
@@ -122,16 +123,18 @@ class Transcriber:
 
         Each stretch is a window of its own now, and only what is heard surely is believed.
         """
-        stretches = [stretch for stretch in wordless(transcript, _MISSED_ROOM_S) if stretch.duration_s >= _MISSED_S]
+        stretches = passed_over(transcript)
         if not stretches:
             return []
         parts = [part for stretch in stretches for part in _cut(stretch, self.config.max_window_s - 2 * _HEARD_AROUND_S)]
         windows = _padded(parts, _HEARD_AROUND_S, len(audio) / RATE_HZ)
-        return [
+        sure = [
             segment
             for segment in self._reader.read(audio, windows, language, self._prompt(language))
             if disbelief(segment, self.config) is None and mean_log_probability(segment.words) > _SURE_LOG_PROBABILITY
         ]
+        had = sorted(transcript.words, key=lambda word: word.start_s)
+        return [segment for segment in (news_of(segment, had) for segment in sure) if segment.words]
 
 
 class _Reader(Protocol):
@@ -278,6 +281,38 @@ def snapped(segment: Segment, speech: Sequence[Span], duration_s: float, early_s
             start_s = min(speech[at].start_s, max(start_s, end_s - _SHORTEST_WORD_S))
         start_s = max(0.0, min(start_s, duration_s - _SHORTEST_WORD_S))
         words.append(Word(word.word, start_s, min(max(end_s, start_s + _SHORTEST_WORD_S), duration_s), word.probability))
+    return Segment(words, segment.no_speech)
+
+
+def passed_over(transcript: Transcript) -> list[Span]:
+    """Stretches of speech without words that are long enough for some.
+
+    A word in the middle of one is a listener's as a rule, said under the sentence that was passed over: both sides are read as one.
+    """
+    sides: list[Span] = []
+    for stretch in wordless(transcript, _MISSED_ROOM_S):
+        before = sides[-1] if sides else None
+        if (
+            before is not None
+            and min(before.duration_s, stretch.duration_s) >= _SIDE_S
+            and stretch.start_s - before.end_s <= _AMID_S
+            and any(span.start_s <= before.start_s and stretch.end_s <= span.end_s for span in transcript.speech)
+        ):
+            before.end_s = stretch.end_s
+        else:
+            sides.append(stretch)
+    return [stretch for stretch in sides if stretch.duration_s >= _MISSED_S]
+
+
+def news_of(segment: Segment, had: Sequence[Word]) -> Segment:
+    """Without the words that are in `had`, in order of their starts, at the same time."""
+    begin, end = (bisect_left(had, at_s, key=lambda word: word.start_s) for at_s in (segment.start_s - _LONGEST_WORD_S, segment.end_s))
+    near = [(_plain(word.word), word.start_s, word.end_s) for word in had[begin:end]]
+    words = [
+        word
+        for word in segment.words
+        if not any(_plain(word.word) == text and start_s < word.end_s and word.start_s < end_s for text, start_s, end_s in near)
+    ]
     return Segment(words, segment.no_speech)
 
 

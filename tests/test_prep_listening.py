@@ -16,7 +16,7 @@ from data_prep import packaged_whisper, quality, segmentation
 from data_prep.diarize import Diarizer, assign_speakers
 from data_prep.script import VOICES
 from data_prep.synthesis import Synthesizer, random_for
-from data_prep.transcribe import Transcriber, disbelief, find_speech, windows_of
+from data_prep.transcribe import Transcriber, disbelief, find_speech, passed_over, windows_of
 from data_prep.transcript import NO_SPEAKER, Segment, Span, SpeakerSpan, Transcript, Word
 from tests.test_prep_conversations import LINES
 
@@ -110,6 +110,45 @@ def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, trans
     assert any(start_s - 0.5 < window.start_s < window.end_s < end_s + 0.5 for window in windows_read[1])
     assert [word.word.strip().lower() for word in again.words] == [word.word.strip().lower() for word in first.words]
     assert [word.start_s for word in again.words] == sorted(word.start_s for word in again.words)
+
+
+def test_a_sentence_around_a_listeners_word_is_read_again_as_one(talk, transcriber, monkeypatch):
+    """And the word in its middle, which the second reading has too, is there once."""
+    audio, truth = talk
+    start_s, end_s, _ = truth[3]
+    first = transcriber.transcribe(audio)
+    inside = [word for word in first.words if start_s - 0.2 < word.start_s < end_s]
+    middle_s = (start_s + end_s) / 2
+    alone = min(inside, key=lambda word: abs(word.start_s + word.end_s - 2 * middle_s))
+    alone = replace(alone, start_s=middle_s - 0.05, end_s=middle_s + 0.05)
+    read, windows_read = transcriber._reader.read, []
+
+    def forgetful(audio, windows, language, prompt):
+        segments = read(audio, windows, language, prompt)
+        windows_read.append(list(windows))
+        if len(windows_read) == 1:
+            kept = [[word for word in segment.words if not start_s - 0.2 < word.start_s < end_s] for segment in segments]
+            segments = [Segment(words, 0.0) for words in [*kept, [alone]] if words]
+        return segments
+
+    monkeypatch.setattr(transcriber._reader, "read", forgetful)
+    again = transcriber.transcribe(audio)
+    (window,) = (window for window in windows_read[1] if window.start_s < middle_s < window.end_s)
+    assert start_s - 0.5 < window.start_s < start_s + 0.2 and end_s - 0.2 < window.end_s < end_s + 0.5
+    before, after = ([word.word.strip(" .?").lower() for word in transcript.words] for transcript in (first, again))
+    assert [after.count(word) for word in ("the", "number", "is")] == [before.count(word) for word in ("the", "number", "is")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("alone", "num_stretches"), [((3.9, 4.1), 1), ((3.9, 4.8), 2), ((3.3, 3.4), 1), ((2.95, 3.0), 1)])
+def test_only_a_word_in_the_middle_of_what_was_passed_over_is_read_across(alone, num_stretches):
+    """(3.3, 3.4) leaves nothing of its left side: what follows it is read alone; 0.9 s is more than a word."""
+    transcript = Transcript(speech=[Span(1.0, 6.0)])
+    words = [Word(" so", 1.0, 2.7, 0.9), Word(" yeah", *alone, 0.9)]
+    transcript.segments = [Segment([word], 0.0) for word in words]
+    stretches = passed_over(transcript)
+    assert len(stretches) == num_stretches
+    assert stretches[-1].end_s == 6.0
+    assert (stretches[0].start_s < alone[0]) == (alone[0] > 3.5)
 
 
 @pytest.mark.slow
