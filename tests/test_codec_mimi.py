@@ -88,8 +88,9 @@ def test_more_clips_than_a_pack_holds_keep_their_order(codec, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("is_inference", [False, True])
 @pytest.mark.parametrize("num_clips", [1, 5])
-def test_any_number_of_threads_gives_the_same_codes_and_stays_as_it_was(codec, num_clips):
+def test_any_number_of_threads_gives_the_same_codes_and_stays_as_it_was(codec, num_clips, is_inference):
     generator = torch.Generator().manual_seed(4)
     clips = [torch.randn(1920 * (3 + 2 * index) + 7, generator=generator) * 0.1 for index in range(num_clips)]
     before = torch.get_num_threads()
@@ -97,7 +98,8 @@ def test_any_number_of_threads_gives_the_same_codes_and_stays_as_it_was(codec, n
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            found[num_threads] = codec.encode(clips)
+            with torch.inference_mode(is_inference):
+                found[num_threads] = codec.encode(clips)
             assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)

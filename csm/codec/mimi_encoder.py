@@ -183,9 +183,11 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> lis
     if min(num_threads, len(items)) < 2:
         return [work(item) for item in items]
 
-    @torch.no_grad()  # which is a thread's own
+    is_inference = torch.is_inference_mode_enabled()
+
     def alone(item: Item) -> Result:
-        return work(item)
+        with torch.inference_mode(is_inference), torch.no_grad():  # which are a thread's own
+            return work(item)
 
     torch.set_num_threads(1)  # what new threads begin with
     try:
