@@ -147,17 +147,15 @@ class CampplusEncoder(nn.Module):
             setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
             setattr(parent, norm, nn.Identity())
 
-    def forward(self, mels: Tensor, num_frames: Tensor | None = None) -> Tensor:
+    def forward(self, mels: Tensor, num_frames: Tensor) -> Tensor:
         """Embed clips, each as if it were alone.
 
         Args:
             mels: [B, T, 80], log-mels without their mean over time, 0 behind a clip's end.
-            num_frames: int64 [B], frames of each clip; None: all have T.
+            num_frames: int64 [B], frames of each clip.
         Returns:
             [B, 192], not normalised.
         """
-        if num_frames is None:
-            num_frames = torch.full((len(mels),), mels.shape[1])
         hidden = self.head(mels.transpose(1, 2), _is_heard(num_frames, mels.shape[1]))
         num_frames = (num_frames + 1) // 2
         is_heard = _is_heard(num_frames, (mels.shape[1] + 1) // 2)
