@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,33 +90,52 @@ def test_the_language_is_that_of_more_than_the_first_sound(talk):
     assert of_all[0] == "en" and of_all[1] > of_the_first[1] + 0.1
 
 
+@pytest.fixture
+def let_first_reading_be(transcriber, monkeypatch):
+    """Of the transcriber: (a change of the words of every segment) -> the windows of each reading, as they come."""
+
+    def change_words(change: Callable[[list[list[Word]]], list[list[Word]]]) -> list[list[Span]]:
+        read, windows_read = transcriber._reader.read, []
+
+        def reads(audio, windows, language, prompt):
+            windows_read.append(list(windows))
+            segments = read(audio, windows, language, prompt)
+            if len(windows_read) > 1:
+                return segments
+            return [Segment(words, 0.0) for words in change([segment.words for segment in segments]) if words]
+
+        monkeypatch.setattr(transcriber._reader, "read", reads)
+        return windows_read
+
+    return change_words
+
+
+def without(words: list[list[Word]], start_s: float, end_s: float) -> list[list[Word]]:
+    return [[word for word in of_segment if not start_s - 0.2 < word.start_s < end_s] for of_segment in words]
+
+
 @pytest.mark.parametrize("is_covered", [False, True])
-def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, transcriber, monkeypatch, is_covered):
+def test_a_sentence_that_the_first_reading_passes_over_is_read_again(talk, transcriber, let_first_reading_be, is_covered):
     """Also where the word before it is said to last until its end, as Whisper's attention may have it."""
     audio, truth = talk
     start_s, end_s, _ = truth[4]
     first = transcriber.transcribe(audio)
-    read, windows_read = transcriber._reader.read, []
 
-    def forgetful(audio, windows, language, prompt):
-        segments = read(audio, windows, language, prompt)
-        windows_read.append(list(windows))
-        if len(windows_read) == 1:
-            kept = [[word for word in segment.words if not start_s - 0.2 < word.start_s < end_s] for segment in segments]
-            before = [word for words in kept for word in words if word.start_s < start_s]
-            if is_covered:
-                before[-1].end_s = end_s
-            segments = [Segment(words, 0.0) for words in kept if words]
-        return segments
+    def forget(words: list[list[Word]]) -> list[list[Word]]:
+        kept = without(words, start_s, end_s)
+        before = [word for of_segment in kept for word in of_segment if word.start_s < start_s]
+        if is_covered:
+            before[-1].end_s = end_s
+        return kept
 
-    monkeypatch.setattr(transcriber._reader, "read", forgetful)
+    windows_read = let_first_reading_be(forget)
     again = transcriber.transcribe(audio)
     assert any(start_s - 0.5 < window.start_s < window.end_s < end_s + 0.5 for window in windows_read[1])
     assert [word.word.strip().lower() for word in again.words] == [word.word.strip().lower() for word in first.words]
     assert [word.start_s for word in again.words] == sorted(word.start_s for word in again.words)
 
 
-def test_a_sentence_around_a_listeners_word_is_read_again_as_one(talk, transcriber, monkeypatch):
+def test_a_sentence_around_a_listeners_word_is_read_again_as_one(talk, transcriber, let_first_reading_be):
     """And the word in its middle, which the second reading has too, is there once."""
     audio, truth = talk
     start_s, end_s, _ = truth[3]
@@ -124,17 +144,7 @@ def test_a_sentence_around_a_listeners_word_is_read_again_as_one(talk, transcrib
     middle_s = (start_s + end_s) / 2
     alone = min(inside, key=lambda word: abs(word.start_s + word.end_s - 2 * middle_s))
     alone = replace(alone, start_s=middle_s - 0.05, end_s=middle_s + 0.05)
-    read, windows_read = transcriber._reader.read, []
-
-    def forgetful(audio, windows, language, prompt):
-        segments = read(audio, windows, language, prompt)
-        windows_read.append(list(windows))
-        if len(windows_read) == 1:
-            kept = [[word for word in segment.words if not start_s - 0.2 < word.start_s < end_s] for segment in segments]
-            segments = [Segment(words, 0.0) for words in [*kept, [alone]] if words]
-        return segments
-
-    monkeypatch.setattr(transcriber._reader, "read", forgetful)
+    windows_read = let_first_reading_be(lambda words: [*without(words, start_s, end_s), [alone]])
     again = transcriber.transcribe(audio)
     (window,) = (window for window in windows_read[1] if window.start_s < middle_s < window.end_s)
     assert start_s - 0.5 < window.start_s < start_s + 0.2 and end_s - 0.2 < window.end_s < end_s + 0.5
@@ -155,15 +165,9 @@ def test_only_a_word_in_the_middle_of_what_was_passed_over_is_read_across(alone,
 
 
 @pytest.mark.slow
-def test_what_is_read_again_fits_a_window_and_nothing_of_it_is_left_out(talk, transcriber, monkeypatch):
+def test_what_is_read_again_fits_a_window_and_nothing_of_it_is_left_out(talk, transcriber, let_first_reading_be, monkeypatch):
     audio, _ = talk
-    read, windows_read = transcriber._reader.read, []
-
-    def mute(audio, windows, language, prompt):
-        windows_read.append(list(windows))
-        return [] if len(windows_read) == 1 else read(audio, windows, language, prompt)
-
-    monkeypatch.setattr(transcriber._reader, "read", mute)
+    windows_read = let_first_reading_be(lambda words: [])
     monkeypatch.setattr(transcriber, "config", replace(transcriber.config, max_window_s=1.4))
     speech = transcriber.transcribe(audio).speech
     assert any(span.duration_s > 1.4 for span in speech), "the talk has a stretch longer than a window"
