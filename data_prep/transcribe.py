@@ -100,7 +100,7 @@ class Transcriber:
             else:
                 transcript.dropped.append(Dropped(segment.start_s, segment.end_s, *why))
         transcript.segments = placed(_mended(believed, lambda word: None))
-        again = self._passed_over(audio, transcript, language)
+        again = self._second_reading(audio, transcript, language)
         transcript.segments = placed([*_mended(believed, lambda word: clear_of(word, again)), *again])
         transcript.segments.sort(key=lambda segment: segment.start_s)
         return transcript
@@ -118,7 +118,7 @@ class Transcriber:
         prompt = _TALK.get((self.digest, language)) if self.config.prompt == "auto" else self.config.prompt
         return (prompt or "").strip() or None
 
-    def _passed_over(self, audio: np.ndarray, transcript: Transcript, language: str) -> list[Segment]:
+    def _second_reading(self, audio: np.ndarray, transcript: Transcript, language: str) -> list[Segment]:
         """What is said where the first reading has no word: in a long window Whisper leaves out whole sentences.
 
         Each stretch is a window of its own now, and only what is heard surely is believed.
@@ -311,7 +311,7 @@ def news_of(segment: Segment, had: Sequence[Word]) -> Segment:
     words = [
         word
         for word in segment.words
-        if not any(_plain(word.word) == text and start_s < word.end_s and word.start_s < end_s for text, start_s, end_s in near)
+        if not any(start_s < word.end_s and word.start_s < end_s and _plain(word.word) == text for text, start_s, end_s in near)
     ]
     return Segment(words, segment.no_speech)
 

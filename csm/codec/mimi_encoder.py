@@ -295,7 +295,7 @@ class _Convolution:
 class _Strided:
     """A causal convolution of twice as many taps as its stride: the sum of a product of each block of rows and of the block before it.
 
-    Two outputs in a row are a, b of three blocks x, y, z: x.A + y.B and y.A + z.B. With y.(A + B) in both, the rest are (x - y).A and
+    Two outputs in a row, of three blocks x, y, z, are x.A + y.B and y.A + z.B. With y.(A + B) in both, the rest are (x - y).A and
     (z - y).B: three products for four.
 
     Attributes:
