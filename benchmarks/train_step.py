@@ -27,13 +27,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: two that spin starve each other
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, as train.py asks for; both sides have them
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, as `import csm` asks for; both sides have them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import Tensor, nn
 
 from csm import CSM, ModelConfig, TransformerConfig, csm_loss
+from csm.allocator import keep_freed_memory
 from csm.frames import Batch, Rows, audio_rows, text_rows
 from csm.loss import pick_depth_rows
 from csm.model.pretrained import CodecWeights
@@ -200,6 +201,7 @@ def _better(timings: list[Timing]) -> Timing:
 def measure_speed(config: ModelConfig, num_positions: int, num_threads: int, num_rounds: int, variants: Sequence[str]) -> dict[str, Any]:
     """The variants in turn. A first round warms up; before it, both models' losses are compared."""
     torch.set_num_threads(num_threads)
+    keep_freed_memory()  # as training on a CPU does; both sides gain
     batch = made_up_batch(config, num_positions)
     ours = CSM(config)
     theirs = their_model(ours)

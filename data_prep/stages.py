@@ -9,11 +9,9 @@ that chose otherwise, the codes, but no transcript.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 import soxr
 
+from csm.allocator import give_freed_memory_back
 from csm.config import DiarizeConfig, FilterConfig, IngestConfig, SegmentConfig, TranscribeConfig
 from csm.frames import SAMPLE_RATE_HZ
 from csm.listening.naturalness import DNSMOS, dnsmos
@@ -212,7 +211,7 @@ def _transcribe(recording: Recording, root: Path, listening: Listening) -> dict[
         channels = (0, 1) if _channels_are_speakers(root / recording.source, listening) else (None,)
         row["transcripts"] = [_listen(root / recording.source, channel, listening).as_json() for channel in channels]
         if recording.duration_s >= _LONG_S:
-            _give_freed_memory_back()
+            give_freed_memory_back()  # for the stages that follow
     except Rejected as error:
         row["failures"].append(Failure.of(recording.source, "ingest", error, duration_s=recording.duration_s).row())
     return row
@@ -244,14 +243,6 @@ def _listen(path: Path, channel: int | None, listening: Listening) -> Transcript
         transcript.speakers = _diarizer(listening.diarize, listening.transcribe.device).diarize(audio, transcript.speech, activity)
         assign_speakers(transcript)
     return transcript
-
-
-def _give_freed_memory_back() -> None:
-    """To the system, for the stages that follow: glibc, which alone can be told to, keeps it else."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _channels_are_speakers(path: Path, listening: Listening) -> bool:

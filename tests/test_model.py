@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm import CSM, ModelConfig
+from csm import CSM, ModelConfig, TransformerConfig
 from csm.frames import Batch, Rows, audio_rows, text_rows
 from csm.model import functions, products
 from csm.model.attention import attend, plan_packed_rows, positions_from_documents
-from csm.model.functions import cross_entropy, rms_norm, rotate, sum_and_look_up, swiglu
-from csm.model.transformer import KVCache
+from csm.model.functions import cross_entropy, gated_linear, rms_norm, rotate, sum_and_look_up, swiglu
+from csm.model.transformer import FeedForward, KVCache
 
 FLOAT32 = {"atol": 2e-5, "rtol": 1e-4}  # another order of sums
 
@@ -277,6 +277,32 @@ def test_rms_norm_equals_its_formula(generator):
 
 def test_swiglu_equals_its_formula(generator):
     check_against(lambda a, b: F.silu(a) * b, swiglu, *torch.randn(2, 3, 5, 16, generator=generator))
+
+
+@pytest.mark.parametrize("rows_in_chunk", [1, 4, 100])
+def test_gated_linear_equals_its_formula_whatever_the_chunks(generator, monkeypatch, rows_in_chunk):
+    monkeypatch.setattr(functions, "_CHUNK_ELEMENTS", rows_in_chunk * 16)
+    gate, up = torch.randn(2, 3, 5, 16, generator=generator)
+    weight = torch.randn(6, 16, generator=generator)
+    check_against(lambda a, b, w: (F.silu(a) * b) @ w.T, gated_linear, gate, up, weight)
+    check_against(lambda a, b: (F.silu(a) * b) @ weight.double().T, lambda a, b: gated_linear(a, b, weight), gate, up)  # a frozen weight
+
+
+def test_feed_forward_keeps_gate_and_up_and_not_their_product(generator):
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    feed_forward = FeedForward(TransformerConfig(num_layers=1, width=8, num_heads=2, num_kv_heads=1, ffn_width=32))
+    for parameter in feed_forward.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(2, 5, 8, generator=generator, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        feed_forward(x)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in feed_forward.parameters()}
+    assert sorted(tensor.numel() for place, tensor in kept.items() if place not in weights) == [x.numel(), 320, 320]
 
 
 def test_rotate_equals_its_formula_eager_and_compiled_form(generator, monkeypatch):

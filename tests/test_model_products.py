@@ -12,6 +12,7 @@ from csm.config import ModelConfig
 from csm.frames import Batch
 from csm.loss import csm_loss
 from csm.model import products
+from csm.model.functions import gated_linear
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16_units", "widened"])
@@ -46,6 +47,21 @@ def test_batched_product_and_its_gradients_are_torch_s(has_units: bool, generato
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.02)
     for ours, theirs in zip(got, torch.autograd.grad(expected.square().sum(), (wide_a, wide_b)), strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.3)
+
+
+def test_gated_linear_and_its_gradients_are_float32_s_within_bfloat16(has_units: bool, generator: torch.Generator) -> None:
+    gate, up = (torch.randn(9, 16, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+    weight = torch.randn(12, 16, generator=generator).requires_grad_()  # float32, as with autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gated_linear(gate, up, weight)
+    got = torch.autograd.grad(out.float().square().sum(), (gate, up, weight))
+    wide = [tensor.detach().float().requires_grad_() for tensor in (gate, up, weight)]
+    expected = (F.silu(wide[0]) * wide[1]) @ wide[2].T
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.05)
+    for ours, theirs, leaf in zip(got, torch.autograd.grad(expected.square().sum(), wide), (gate, up, weight), strict=True):
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.03, atol=0.03 * float(theirs.abs().max()))
 
 
 def losses(model: CSM, batch: Batch, *, is_mixed: bool) -> tuple[Tensor, list[Tensor]]:

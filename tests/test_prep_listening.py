@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ import soxr
 from csm.config import DiarizeConfig, TranscribeConfig
 from csm.listening.asr import find_packaged_whisper
 from csm.listening.naturalness import dnsmos
-from data_prep import packaged_whisper, quality, segmentation, stages
+from data_prep import packaged_whisper, quality, segmentation
 from data_prep.diarize import Diarizer, assign_speakers
 from data_prep.script import VOICES
 from data_prep.synthesis import Synthesizer, random_for
@@ -327,16 +324,3 @@ def test_dnsmos_hears_noise(talk):
     audio = soxr.resample(talk[0], 16_000, 24_000)
     noise = np.random.default_rng(1).normal(0, 0.03, len(audio)).astype(np.float32)
     assert dnsmos(audio, 5.0)["dnsmos"] > dnsmos(audio + noise, 5.0)["dnsmos"] + 0.4
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc can be told to")
-def test_freed_memory_goes_back_to_the_system():
-    def resident_mb() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
-
-    size = 64_000  # less than malloc takes from the system by itself
-    held = [b"x" * size for _ in range(6_000)]
-    del held[:-1]  # the last is at the end of the heap, which therefore cannot shrink by itself
-    before = resident_mb()
-    stages._give_freed_memory_back()
-    assert before - resident_mb() > 200

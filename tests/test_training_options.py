@@ -14,6 +14,7 @@ from csm.cli.hydra_entry import compose
 from csm.cli.train import train
 from csm.config import SCHEDULES, TrainConfig
 from csm.model.products import has_bfloat16_products
+from csm.training import trainer
 from csm.training.device import settle_precision
 from csm.training.module import CSMModule
 from csm.training.optim import learning_rate
@@ -182,6 +183,17 @@ def test_activation_checkpointing_runs_every_layer_twice_for_the_same_losses(tmp
         weights.append(list(module.parameters()))
     assert counts == [2 * 2, 2 * 2 * 2]  # layers, steps, and each again in the backward pass
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize(("has_gpu", "accelerator", "keeps"), [(False, "auto", True), (True, "auto", False), (True, "cpu", True)])
+def test_runs_on_a_cpu_keep_freed_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, accelerator: str, keeps: bool
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    trainer.set_up_torch(overridden(tmp_path, f"trainer.accelerator={accelerator}"))
+    assert bool(calls) == keeps
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from csm.config import AdapterConfig
 from csm.model.csm import CSM
+from csm.model.functions import gated_linear, swiglu
 from csm.model.products import linear
-from csm.model.transformer import Linear
+from csm.model.transformer import GatedLinear, Linear
 
 
 class LowRank(nn.Module):
@@ -88,9 +89,14 @@ class AdaptedLinear(Linear):
         return self._base is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.active is None or self.is_merged:
+        if self.is_plain:
             return linear(x, self.weight)
         return self.adapters[self.active](x, self.weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight alone is the map."""
+        return self.active is None or self.is_merged
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -102,6 +108,13 @@ class AdaptedLinear(Linear):
     def unmerge(self) -> None:
         if self._base is not None:
             self.weight.data, self._base = self._base, None
+
+
+class AdaptedGatedLinear(AdaptedLinear):
+    """The same for the map that ends a feed-forward part."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_linear(gate, up, self.weight) if self.is_plain else super().forward(swiglu(gate, up))
 
 
 class _Wholes:
@@ -254,7 +267,7 @@ def _adapted(model: CSM, place: str, module: Linear) -> AdaptedLinear:
         if module.is_merged:
             raise ValueError("the model's adapter is merged; unmerge it before another is attached")
         return module
-    adapted = AdaptedLinear(module)
+    adapted = AdaptedGatedLinear(module) if isinstance(module, GatedLinear) else AdaptedLinear(module)
     parent, _, leaf = place.rpartition(".")
     setattr(model.get_submodule(parent), leaf, adapted)
     return adapted

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csm.config import TransformerConfig
 from csm.model.attention import AttentionPlan, attend, causal_mask, document_mask, plan_packed_rows, positions_from_documents
-from csm.model.functions import rms_norm, rotate, swiglu
+from csm.model.functions import gated_linear, rms_norm, rotate
 from csm.model.products import linear
 
 INIT_STD = 0.02
@@ -32,6 +32,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class GatedLinear(Linear):
+    """A linear map of silu(gate) * up, which is never kept."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_linear(gate, up, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -146,11 +153,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.w1 = Linear(config.width, config.ffn_width)
-        self.w2 = Linear(config.ffn_width, config.width)
+        self.w2 = GatedLinear(config.ffn_width, config.width)
         self.w3 = Linear(config.width, config.ffn_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(self.w1(x), self.w3(x))
 
 
 class Layer(nn.Module):

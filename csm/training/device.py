@@ -53,16 +53,21 @@ def data_sheet_tflops(name: str) -> float | None:
     return next((tflops for pattern, tflops in _DATA_SHEET_TFLOPS if re.search(pattern, name)), None)
 
 
+def device_type(config: TrainConfig) -> str:
+    """ "cuda" or "cpu": what the run's accelerator comes to here."""
+    return "cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
 def settle_precision(config: TrainConfig, say: Say) -> TrainConfig:
     """The configuration with `trainer.precision=auto` settled for this machine; says so where bfloat16 asked for gains no time."""
-    device_type = "cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
-    is_fast, precision = has_bfloat16_products(device_type), config.trainer.precision
+    kind, precision = device_type(config), config.trainer.precision
+    is_fast = has_bfloat16_products(kind)
     if not is_fast and config.optim.name == "muon":
-        say(f"optim=muon: torch makes its momentum orthogonal in bfloat16, which takes long on this {device_type}: optim=adamw is faster")
+        say(f"optim=muon: torch makes its momentum orthogonal in bfloat16, which takes long on this {kind}: optim=adamw is faster")
     if precision == AUTO:
         return replace(config, trainer=replace(config.trainer, precision="bf16-mixed" if is_fast else "32"))
     if precision != "32" and not is_fast:
-        say(f"trainer.precision={precision}: this {device_type} has no bfloat16 products, so that it saves memory at most, and no time")
+        say(f"trainer.precision={precision}: this {kind} has no bfloat16 products, so that it saves memory at most, and no time")
     return config
 
 

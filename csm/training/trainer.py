@@ -14,9 +14,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from csm.allocator import keep_freed_memory
 from csm.config import TrainConfig
 from csm.training import slurm
 from csm.training.checkpoint import FolderCheckpointIO
+from csm.training.device import device_type
 
 
 def build_trainer(
@@ -62,7 +64,9 @@ def _build_strategy(config: TrainConfig) -> Strategy | str:
 
 
 def set_up_torch(config: TrainConfig) -> None:
-    """Threads, determinism, and the global seed (which nothing of ours draws from)."""
+    """Threads, determinism, what becomes of freed memory, and the global seed (which nothing of ours draws from)."""
+    if device_type(config) == "cpu":
+        keep_freed_memory()
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
     torch.manual_seed(config.seed)
