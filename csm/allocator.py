@@ -13,8 +13,9 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Keep what is freed for the next tensors, where glibc would give large pieces back at once and get them anew, zeroed.
 
-    For work that takes the same memory again and again. Measured on a CPU's training step: 100,000 page faults without, none
-    with, 5 to 15% less time, and the same peak. Whoever set glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, ...) is left alone.
+    For work that takes the same memory again and again. Measured on an AVX2 EPYC: a training step of csm_small takes 8 to 11% less
+    time, of csm_1b 21% less; the peak of csm_1b is 3% higher. Whoever set glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, ...) is
+    left alone.
 
     Returns:
         Whether it does.

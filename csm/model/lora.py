@@ -88,15 +88,15 @@ class AdaptedLinear(Linear):
     def is_merged(self) -> bool:
         return self._base is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_plain:
-            return linear(x, self.weight)
-        return self.adapters[self.active](x, self.weight)
-
     @property
     def is_plain(self) -> bool:
         """Whether the weight alone is the map."""
         return self.active is None or self.is_merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_plain:
+            return linear(x, self.weight)
+        return self.adapters[self.active](x, self.weight)
 
     @torch.no_grad()
     def merge(self) -> None:

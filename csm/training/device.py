@@ -54,7 +54,7 @@ def data_sheet_tflops(name: str) -> float | None:
 
 
 def device_type(config: TrainConfig) -> str:
-    """ "cuda" or "cpu": what the run's accelerator comes to here."""
+    """What the run's accelerator comes to here: "cuda" or "cpu"."""
     return "cpu" if config.trainer.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
