@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from csm import CSM, ModelConfig, TransformerConfig, csm_loss
 from csm.allocator import keep_freed_memory
+from csm.config import LossConfig
 from csm.frames import Batch, Rows, audio_rows, text_rows
 from csm.loss import pick_depth_rows
 from csm.model.pretrained import CodecWeights
@@ -85,17 +86,20 @@ class Variant:
     Attributes:
         amortization: share of frames the depth decoder learns from.
         recompute: activation checkpointing.
+        depth_frames_at_once: as `loss.depth_frames_at_once`, whose default it is.
     """
 
     is_ours: bool
     precision: str = "float32"  # or "autocast", or "bfloat16": of weights, gradients and moments
     amortization: float = AMORTIZATION
     recompute: bool = False
+    depth_frames_at_once: int | None = LossConfig().depth_frames_at_once
 
 
 VARIANTS = {
     "transformers float32": Variant(is_ours=False),
     "ours float32": Variant(is_ours=True),
+    "ours float32, depth of 16 frames at once": Variant(is_ours=True, depth_frames_at_once=16),
     "ours float32, activation checkpointing": Variant(is_ours=True, recompute=True),
     "transformers bf16 autocast": Variant(is_ours=False, precision="autocast"),
     "ours bf16 autocast": Variant(is_ours=True, precision="autocast"),
@@ -157,6 +161,10 @@ def their_loss(model: nn.Module, batch: Batch, step: int) -> Tensor:
     return model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
 
 
+def our_loss(model: CSM, batch: Batch, variant: Variant, step: int) -> Tensor:
+    return csm_loss(model, batch, variant.amortization, step=step, depth_frames_at_once=variant.depth_frames_at_once).loss
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -168,7 +176,7 @@ def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, 
         if variant.is_ours:
             model.activation_checkpointing = variant.recompute
         with torch.autocast("cpu", torch.bfloat16) if variant.precision == "autocast" else nullcontext():
-            loss = csm_loss(model, batch, variant.amortization, step=index).loss if variant.is_ours else their_loss(model, batch, index)
+            loss = our_loss(model, batch, variant, index) if variant.is_ours else their_loss(model, batch, index)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

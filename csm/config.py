@@ -81,8 +81,11 @@ class LossConfig:
     codebook_weights: list[float] | None = None  # [K-1], relative weights of codebooks 1..K-1; None weighs them alike
     z_loss: float = 0.0  # weight of mean(logsumexp^2) on codebook 0; 0 is off
     frame_dropout: float = 0.0  # upper bound of the per-row share of input audio frames hidden from the model; targets stay
+    depth_frames_at_once: int | None = 64  # picked frames in the depth decoder at a time; fewer: less memory, more time; null: all
 
     def __post_init__(self) -> None:
+        at_once = self.depth_frames_at_once
+        _require(at_once is None or at_once > 0, "loss.depth_frames_at_once", at_once, "1 or more, or null")
         _require(0 < self.amortization <= 1, "loss.amortization", self.amortization, "a share in (0, 1]")
         _require(0 <= self.frame_dropout < 1, "loss.frame_dropout", self.frame_dropout, "a share in [0, 1)")
         _require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "0 or more")
@@ -768,13 +771,14 @@ class PlanConfig:
     seq_len: int = 2048  # positions of a row
     rows: int = 1  # of one micro-batch on one device
     amortization: float = 1 / 16
+    depth_frames_at_once: int = 64  # loss.depth_frames_at_once; zero3 takes all at once
     hours: float = 1000.0  # of audio
     epochs: float = 1.0
 
     def __post_init__(self) -> None:
         self.precision = str(self.precision)
         _one_of("precision", self.precision, PRECISIONS)
-        for name in ("devices", "memory_gib", "peak_tflops", "seq_len", "rows", "hours", "epochs"):
+        for name in ("devices", "memory_gib", "peak_tflops", "seq_len", "rows", "depth_frames_at_once", "hours", "epochs"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "a share in (0, 1]")
         _require(0 < self.amortization <= 1, "amortization", self.amortization, "a share in (0, 1]")

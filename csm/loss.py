@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm.frames import PADDING_DOCUMENT, Batch, is_eos_row
+from csm.model.depth_nats import DepthTargets
 from csm.model.functions import cross_entropy
 
 _IGNORED = -1  # target of a row that is not learnt
@@ -72,6 +73,7 @@ def csm_loss(
     num_c0_targets: int | Tensor | None = None,
     num_depth_targets: int | Tensor | None = None,
     static_shapes: bool = False,
+    depth_frames_at_once: int | None = None,
 ) -> Losses:
     """Run the model on a batch and sum up its loss.
 
@@ -86,13 +88,17 @@ def csm_loss(
         num_c0_targets, num_depth_targets: counts of the whole step (all ranks and micro-batches), see `count_targets`;
             then the losses of its parts add up to the step's. None: this batch's own.
         static_shapes: pad the picked rows to a number that depends on the batch's shape only, for torch.compile.
+        depth_frames_at_once: picked rows that the depth decoder takes at a time, gradient included, before it takes the next: less
+            memory, the same loss. Not for parameters that are cut over processes (ZeRO 3), nor to be compiled. None: all at once.
     Returns:
         A batch without targets gives a zero loss that is still attached to every parameter, and counts of 0.
     Raises:
-        ValueError: if `amortization` or `codebook_weights` do not fit.
+        ValueError: if `amortization`, `codebook_weights` or `depth_frames_at_once` do not fit.
     """
     if not 0 < amortization <= 1:
         raise ValueError(f"amortization={amortization}: expected a share in (0, 1]")
+    if depth_frames_at_once is not None and depth_frames_at_once < 1:
+        raise ValueError(f"depth_frames_at_once={depth_frames_at_once}: expected 1 or more, or None")
     tokens, mask = batch.tokens, batch.mask
     follows = _follows_in_document(batch.document_ids) & mask[..., 0]
     is_c0_target, is_depth_target = batch.learn_c0 & follows, batch.learn_depth & follows
@@ -100,26 +106,32 @@ def csm_loss(
     depth_index, num_picked = pick_depth_rows(is_depth_target, amortization, key, static_shapes=static_shapes)
     if frame_dropout > 0 and model.training:
         mask = _hide_frames(tokens, mask, frame_dropout, key)
-    out = model(tokens, mask, document_ids=batch.document_ids, depth_index=depth_index)
+    row, position = depth_index.unbind(1)
+    num_depth_codebooks = tokens.shape[-1] - 2
+    depth_codes = tokens[row, position, 1:-1]  # [N, K-1]
+    if num_picked < depth_index.shape[0]:
+        is_filler = torch.arange(depth_index.shape[0], device=tokens.device) >= num_picked
+        depth_codes = depth_codes.masked_fill(is_filler[:, None], _IGNORED)
+    depth_count = torch.tensor(num_picked * num_depth_codebooks, device=tokens.device)
+    c0_count = is_c0_target.sum()
+    c0_total = _at_least_one(c0_count if num_c0_targets is None else num_c0_targets)
+    depth_total = _at_least_one(depth_count if num_depth_targets is None else num_depth_targets)
+    weights = _codebook_weights(codebook_weights, num_depth_codebooks, tokens.device) / depth_total
+
+    if depth_frames_at_once is None:
+        out = model(tokens, mask, document_ids=batch.document_ids, depth_index=depth_index)
+        nats = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), depth_codes.T.flatten(), overwrite=True)
+        codebook_sums = nats.view(num_depth_codebooks, -1).sum(dim=1)  # [K-1]
+        depth = (codebook_sums * weights).sum()
+    else:
+        targets = DepthTargets(depth_codes, weights, depth_frames_at_once)
+        out = model(tokens, mask, document_ids=batch.document_ids, depth_index=depth_index, depth_targets=targets)
+        depth, codebook_sums = out.depth_nats.total, out.depth_nats.sums
 
     # The last position predicts nothing; it is ignored rather than cut off, which would copy the logits.
     c0_targets = F.pad(tokens[:, 1:, 0].masked_fill(~is_c0_target[:, 1:], _IGNORED), (0, 1), value=_IGNORED)  # [B, T]
-    c0_sum = cross_entropy(out.c0_logits.flatten(0, 1), c0_targets.flatten()).sum()
-    c0_count = is_c0_target.sum()
-
-    row, position = depth_index.unbind(1)
-    num_depth_codebooks = tokens.shape[-1] - 2
-    depth_targets = tokens[row, position, 1:-1].T  # [K-1, N]
-    if num_picked < depth_index.shape[0]:
-        depth_targets = depth_targets.masked_fill(torch.arange(depth_index.shape[0], device=tokens.device) >= num_picked, _IGNORED)
-    depth_nats = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), depth_targets.flatten(), overwrite=True)
-    codebook_sums = depth_nats.view(num_depth_codebooks, -1).sum(dim=1)  # [K-1]
-    depth_count = torch.tensor(num_picked * num_depth_codebooks, device=tokens.device)
-
-    c0_total = _at_least_one(c0_count if num_c0_targets is None else num_c0_targets)
-    depth_total = _at_least_one(depth_count if num_depth_targets is None else num_depth_targets)
+    c0_sum = cross_entropy(out.c0_logits.flatten(0, 1), c0_targets.flatten(), overwrite=z_loss == 0).sum()
     c0 = c0_sum / c0_total
-    depth = _weigh(codebook_sums, codebook_weights).sum() / depth_total
     loss = c0_weight * c0 + depth_weight * depth
     if z_loss > 0:
         squares = out.c0_logits[:, :-1].float().logsumexp(dim=-1).square()
@@ -186,16 +198,17 @@ def _hide_frames(tokens: Tensor, mask: Tensor, frame_dropout: float, key: tuple[
     return mask & ~is_hidden[..., None]
 
 
-def _weigh(codebook_sums: Tensor, codebook_weights: Sequence[float] | None) -> Tensor:
+def _codebook_weights(codebook_weights: Sequence[float] | None, num_codebooks: int, device: torch.device) -> Tensor:
+    """float32 [num_codebooks] with a mean of 1."""
     if codebook_weights is None:
-        return codebook_sums
-    weights = codebook_sums.new_tensor(list(codebook_weights))
-    if weights.shape != codebook_sums.shape or not bool((weights >= 0).all()) or not bool(weights.sum() > 0):
+        return torch.ones(num_codebooks, device=device)
+    weights = torch.tensor(list(codebook_weights), dtype=torch.float32, device=device)
+    if weights.shape != (num_codebooks,) or not bool((weights >= 0).all()) or not bool(weights.sum() > 0):
         raise ValueError(
-            f"codebook_weights={list(codebook_weights)}: expected {codebook_sums.shape[0]} weights of 0 or more, one for each of "
+            f"codebook_weights={list(codebook_weights)}: expected {num_codebooks} weights of 0 or more, one for each of "
             "codebooks 1..K-1, not all 0"
         )
-    return codebook_sums * weights / weights.mean()
+    return weights / weights.mean()
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

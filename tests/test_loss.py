@@ -248,6 +248,98 @@ def test_bfloat16_autocast_keeps_a_float32_loss(model, batch):
     assert abs(mixed.loss - expected.loss) < 0.02 * expected.loss
 
 
+# ---- the depth decoder a few frames at a time
+
+
+@pytest.mark.parametrize("frames_at_once", [1, 3, 100])
+@pytest.mark.parametrize("options", [{}, {"codebook_weights": [5.0, 0.0, 1.0], "depth_weight": 2.0, "num_depth_targets": 500}])
+def test_frames_a_few_at_a_time_give_the_same_loss_and_gradients(model, batch, frames_at_once, options):
+    expected = csm_loss(model, batch, 1 / 2, **options)
+    wanted = gradients(model, expected.loss)
+    losses = csm_loss(model, batch, 1 / 2, depth_frames_at_once=frames_at_once, **options)
+    torch.testing.assert_close(losses.loss, expected.loss, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(losses.depth, expected.depth, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(losses.per_codebook, expected.per_codebook, atol=TOLERANCE, rtol=0)
+    assert_same_gradients(gradients(model, losses.loss), wanted)
+    with torch.no_grad():
+        silent = csm_loss(model, batch, 1 / 2, depth_frames_at_once=frames_at_once, **options)
+    torch.testing.assert_close(silent.loss, expected.loss, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_frames_a_few_at_a_time_in_bfloat16(model, batch, dtype):
+    """Autocast, and bfloat16 weights: as far from float32 as all frames at once are."""
+    exact = gradients(model, csm_loss(model, batch, 1.0).loss)
+    if dtype is not None:
+        model.to(dtype)
+    distances = []
+    for frames_at_once in (None, 2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            loss = csm_loss(model, batch, 1.0, depth_frames_at_once=frames_at_once).loss
+        got = gradients(model, loss)
+        distances.append([float((got[name].float() - exact[name]).norm() / exact[name].norm()) for name in exact])
+    assert max(distances[0]) < 0.1
+    assert all(grouped < 1.5 * whole + 0.002 for whole, grouped in zip(*distances, strict=True))
+
+
+def test_a_few_frames_at_a_time_each_parameter_is_told_once(model, batch):
+    """Whoever waits for gradients (DDP, ZeRO) must hear of a parameter once a backward pass, not once a group."""
+    told: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: told.append(name))
+    loss = csm_loss(model, batch, 1.0, depth_frames_at_once=2).loss
+    assert not told
+    loss.backward()
+    assert sorted(told) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_a_few_frames_at_a_time_frozen_parameters_stay_without_gradients(model, batch):
+    from csm.config import AdapterConfig
+    from csm.model.lora import attach_adapter
+
+    attach_adapter(model, AdapterConfig(kind="lora", also_train=["audio_head"]))
+    found = []
+    for frames_at_once in (None, 3):
+        model.zero_grad()
+        csm_loss(model, batch, 1.0, depth_frames_at_once=frames_at_once).loss.backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert sorted(found[1]) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert "audio_head" in found[1] and "decoder.layers.0.attn.q_proj.adapters.default.b" in found[1]
+    assert_same_gradients(*found)
+
+
+def test_a_few_frames_at_a_time_work_with_a_decoder_that_is_all_frozen(model, batch):
+    for part in (model.decoder, model.projection):
+        part.requires_grad_(False)
+    model.audio_head.requires_grad_(False)
+    losses = [csm_loss(model, batch, 1.0, c0_weight=0.0, depth_frames_at_once=at_once).loss for at_once in (None, 3)]
+    found = []
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.backbone.named_parameters()})
+    assert_same_gradients(*found)
+    assert float(found[1]["layers.0.attn.q_proj.weight"].abs().max()) > 0
+
+
+def test_a_few_frames_at_a_time_with_recomputed_activations(model, batch):
+    expected = gradients(model, csm_loss(model, batch, 1.0).loss)
+    model.activation_checkpointing = True
+    assert_same_gradients(gradients(model, csm_loss(model, batch, 1.0, depth_frames_at_once=2).loss), expected)
+
+
+def test_a_second_backward_pass_is_refused(model, batch):
+    loss = csm_loss(model, batch, 1.0, depth_frames_at_once=2).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_number_of_frames_that_cannot_be_is_refused(model, batch):
+    with pytest.raises(ValueError, match="depth_frames_at_once=0: expected 1 or more"):
+        csm_loss(model, batch, depth_frames_at_once=0)
+
+
 def test_wrapped_model_is_called_like_one(model, batch):
     class Wrapper(torch.nn.Module):
         def __init__(self, inner):

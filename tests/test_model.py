@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -357,6 +358,27 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(tiny_model_
         (out.c0_logits.square().mean() + out.depth_logits.square().mean()).backward()
         results.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_are_not_kept_for_the_backward_pass_and_change_nothing_in_it(tiny_model_config, autocast):
+    """Compared with activation checkpointing, which keeps a layer's input only and runs the layer as it was written."""
+    batch = Batch.from_documents([[document(tiny_model_config, 6, 1), document(tiny_model_config, 3, 2)]])
+    results = []
+    for is_recomputed in (True, False):
+        model = loud(tiny_model_config)
+        model.activation_checkpointing = is_recomputed
+        normed: list[weakref.ref] = []
+        for name, module in model.backbone.named_modules():
+            if name.endswith(("sa_norm", "mlp_norm")):
+                module.register_forward_hook(lambda _, __, out, normed=normed: normed.append(weakref.ref(out.untyped_storage())))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(batch.tokens, batch.mask, document_ids=batch.document_ids)
+        assert len(normed) == 4 and all(storage() is None for storage in normed)
+        out.c0_logits.float().square().mean().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours is None) == (expected is None) and (ours is None or torch.equal(ours, expected))
 
 
 def test_autocast_and_bfloat16_weights_stay_near_float32(tiny_model_config):

@@ -64,10 +64,11 @@ def test_plan_is_whole_on_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
 @pytest.mark.slow
 def test_checkpointing_and_bfloat16_take_less_memory() -> None:
     config = PlanConfig(model=_model("csm_small"), precision="32", seq_len=2048, rows=2)
-    plain = count_activations(config, activation_checkpointing=False, rows=2)
-    assert count_activations(config, activation_checkpointing=True, rows=2) < 0.6 * plain
+    plain = count_activations(config, activation_checkpointing=False, depth_frames_at_once=None)
+    assert count_activations(config, activation_checkpointing=False, depth_frames_at_once=64) < 0.8 * plain
+    assert count_activations(config, activation_checkpointing=True, depth_frames_at_once=None) < 0.6 * plain
     config.precision = "bf16-true"
-    assert count_activations(config, activation_checkpointing=False, rows=2) < 0.75 * plain
+    assert count_activations(config, activation_checkpointing=False, depth_frames_at_once=None) < 0.75 * plain
 
 
 @pytest.mark.slow
@@ -83,18 +84,18 @@ from csm.config import PlanConfig
 from csm.model.csm import CSM
 from csm.training.plan import _step
 torch.set_num_threads(1)
-rows, seq_len, checkpointing = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"
+rows, seq_len, checkpointing, at_once = (int(argument) for argument in sys.argv[1:])
 config = compose("plan", ["model=csm_small"], PlanConfig)
 model = CSM(config.model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)
 optimizer.step()
-_step(model, 1, 32, 1 / 16)  # libraries load and pools open
+_step(model, 1, 32, 1 / 16, at_once or None)  # libraries load and pools open
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-model.activation_checkpointing = checkpointing
-_step(model, rows, seq_len, 1 / 16)
+model.activation_checkpointing = bool(checkpointing)
+_step(model, rows, seq_len, 1 / 16, at_once or None)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(before, peak - before)
 """
@@ -102,13 +103,16 @@ print(before, peak - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to read a process's peak memory")
-@pytest.mark.parametrize(("rows", "seq_len", "is_checkpointed"), [(1, 1024, False), (4, 1024, False), (4, 1024, True)])
-def test_planned_memory_is_within_15_percent_of_a_real_step(rows: int, seq_len: int, is_checkpointed: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "seq_len", "is_checkpointed", "at_once"),
+    [(1, 1024, False, 64), (4, 1024, False, 64), (4, 1024, True, 64), (4, 1024, False, None)],
+)
+def test_planned_memory_is_within_15_percent_of_a_real_step(rows: int, seq_len: int, is_checkpointed: bool, at_once: int | None) -> None:
     config = PlanConfig(model=_model("csm_small"), precision="32", seq_len=seq_len, rows=rows, devices=1)
-    planned = count_activations(config, activation_checkpointing=is_checkpointed, rows=rows)
+    planned = count_activations(config, activation_checkpointing=is_checkpointed, depth_frames_at_once=at_once)
     # Freed memory goes back to the system at once, so that the peak is what is live and not what was kept for later.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "PYTHONPATH": os.getcwd()}
-    arguments = [sys.executable, "-c", _MEASURE, str(rows), str(seq_len), str(int(is_checkpointed))]
+    arguments = [sys.executable, "-c", _MEASURE, *map(str, (rows, seq_len, int(is_checkpointed), at_once or 0))]
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True, timeout=300)
     before, measured = map(int, run.stdout.split())
     assert planned == pytest.approx(measured, rel=0.15)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every frame's depth is learnt, nothing is hidden: what a rank draws does not depend on how many there are. At this rate and
 # bound every step is clipped.
 TINY = [
-    "data=random", "data.seq_len=32", "data.max_val_batches=0", "loss.amortization=1.0", "loss.frame_dropout=0", "trainer.precision=32",
+    "data=random", "data.seq_len=32", "data.max_val_batches=0", "loss.amortization=1.0", "loss.frame_dropout=0",
+    "loss.depth_frames_at_once=5", "trainer.precision=32",
     "trainer.max_steps=20", "trainer.log_every=1", "trainer.validate_every=10", "trainer.checkpoint_every=10", "trainer.keep_checkpoints=9",
     "trainer.accumulate=2", "trainer.num_threads=1", "trainer.deterministic=true", "optim.lr=0.01", "optim.warmup_steps=3",
     "optim.clip_norm=0.4", "model.num_codebooks=4", "codec.num_codebooks=4", "model.audio_vocab_size=33", "model.backbone.width=32",

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm.config import ModelConfig
+from csm.model.depth_nats import DepthNats, DepthTargets, depth_nats
 from csm.model.functions import sum_and_look_up
 from csm.model.products import batched_product
 from csm.model.transformer import INIT_STD, Linear, Transformer
@@ -39,11 +40,13 @@ class CSMOutput:
         c0_logits: [B, T, V]; position t predicts the frame at t+1.
         depth_logits: [N, K-1, V], column i predicts codebook i+1 of the frames asked for; None without `depth_index`. A
             view of memory laid out [K-1, N, V].
+        depth_nats: only with `depth_targets`, and then in place of the logits.
     """
 
     hidden: Tensor
     c0_logits: Tensor
     depth_logits: Tensor | None
+    depth_nats: DepthNats | None = None
 
 
 @contextmanager
@@ -54,6 +57,19 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _DepthPass(nn.Module):
+    """The depth decoder and the projection before it: a view of a CSM's parts, which owns nothing."""
+
+    def __init__(self, projection: Linear, decoder: Transformer) -> None:
+        super().__init__()
+        self.projection, self.decoder = projection, decoder
+
+    def forward(self, previous_hidden: Tensor, embeds: Tensor) -> Tensor:
+        """[N, D] and the embeddings of codebooks 0..K-2, [N, K-1, D] -> what the heads of codebooks 1..K-1 read, [K-1, N, E]."""
+        x = self.projection(torch.cat((previous_hidden[:, None].to(embeds.dtype), embeds), dim=1))  # [N, K, E]
+        return self.decoder(x)[:, 1:].transpose(0, 1)  # what the hidden state's own position says is not used
 
 
 class CSM(nn.Module):
@@ -144,11 +160,17 @@ class CSM(nn.Module):
 
     def _depth_logits(self, previous_hidden: Tensor, embeds: Tensor) -> Tensor:
         """[N, D] and the embeddings of codebooks 0..K-2, [N, K-1, D] -> [N, K-1, V]."""
-        x = self.projection(torch.cat((previous_hidden[:, None].to(embeds.dtype), embeds), dim=1))  # [N, K, E]
-        outputs = self.decoder(x)[:, 1:]  # [N, K-1, E]; what the hidden state's own position says is not used
-        return batched_product(outputs.transpose(0, 1), self.audio_head).transpose(0, 1)
+        outputs = _DepthPass(self.projection, self.decoder)(previous_hidden, embeds)
+        return batched_product(outputs, self.audio_head).transpose(0, 1)
 
-    def forward(self, tokens: Tensor, mask: Tensor, document_ids: Tensor | None = None, depth_index: Tensor | None = None) -> CSMOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        document_ids: Tensor | None = None,
+        depth_index: Tensor | None = None,
+        depth_targets: DepthTargets | None = None,
+    ) -> CSMOutput:
         """Run the backbone over packed rows and, for the frames asked for, the depth decoder.
 
         Args:
@@ -156,6 +178,7 @@ class CSM(nn.Module):
             mask: bool [B, T, K+1]; hiding a column hides it from the backbone, never from the depth decoder.
             document_ids: int64 [B, T]: attention and positions stay inside equal ids; -1 is padding. None: one each row.
             depth_index: int64 [N, 2]: (row, position >= 1) of frames. None: no depth pass.
+            depth_targets: of those frames: the depth decoder's loss instead of its logits, and its gradient at once.
         Raises:
             ValueError: if tokens or mask do not fit the model.
         """
@@ -172,7 +195,12 @@ class CSM(nn.Module):
         depth_rows = self.table_index(tokens[row, position, :-2])  # [N, K-1]
         audio, depth_embeds = sum_and_look_up(self.audio_embeddings.weight, *self._bags(tokens, mask), depth_rows)
         hidden = self.backbone(self._with_text(audio, tokens, mask), document_ids=document_ids)
-        return CSMOutput(hidden, self.codebook0_head(hidden), self._depth_logits(hidden[row, position - 1], depth_embeds))
+        previous_hidden = hidden[row, position - 1]
+        if depth_targets is None:
+            return CSMOutput(hidden, self.codebook0_head(hidden), self._depth_logits(previous_hidden, depth_embeds))
+        # Before codebook 0's logits, which then need not be there yet.
+        nats = depth_nats(_DepthPass(self.projection, self.decoder), self.audio_head, previous_hidden, depth_embeds, depth_targets)
+        return CSMOutput(hidden, self.codebook0_head(hidden), None, nats)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> CSM:

@@ -85,3 +85,13 @@ def batched_product(a: Tensor, b: Tensor) -> Tensor:
     if must_widen(a) and a.shape[1] >= _MIN_WIDENED_ROWS:
         return _Widened.apply(a, b)
     return torch.bmm(a, b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add [G, n, k] times [G, k, m] to `total`, [G, n, m], which may be wider; no gradient."""
+    if must_widen(a):
+        a, b = a.float(), b.float()
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)

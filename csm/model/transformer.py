@@ -8,6 +8,7 @@ attention kernel runs is `csm.model.attention`'s.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from csm.config import TransformerConfig
 from csm.model.attention import AttentionPlan, attend, causal_mask, document_mask, plan_packed_rows, positions_from_documents
-from csm.model.functions import gated_linear, rms_norm, rotate
+from csm.model.functions import gated_linear, rms_norm, rms_norm_again, rotate
 from csm.model.products import linear
+from csm.model.remade import remade_for_backward
 
 INIT_STD = 0.02
 
@@ -51,6 +53,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale, self.eps)
+
+    def remaking(self, normed: Tensor, x: Tensor) -> AbstractContextManager[None]:
+        """Inside, nothing keeps `normed`, this norm's of `x`, for a backward pass: it is made again, by two walks over memory."""
+        return remade_for_backward(normed, rms_norm_again(x, self.scale, self.eps))
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -168,9 +174,15 @@ class Layer(nn.Module):
         self.sa_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.sa_norm(x), cos, sin, plan, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None, layer: int, remake_norms: bool = False
+    ) -> Tensor:
+        normed = self.sa_norm(x)
+        with self.sa_norm.remaking(normed, x) if remake_norms else nullcontext():
+            x = x + self.attn(normed, cos, sin, plan, cache, layer)
+        normed = self.mlp_norm(x)
+        with self.mlp_norm.remaking(normed, x) if remake_norms else nullcontext():
+            return x + self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -237,12 +249,14 @@ class Transformer(nn.Module):
             cos, sin = self._cos[rows, None], self._sin[rows, None]  # [T, 1, head_dim / 2]
         else:
             cos, sin = self._cos[positions, None], self._sin[positions, None]  # [B, T, 1, head_dim / 2]
-        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        is_learning = torch.is_grad_enabled() and cache is None
+        recompute = is_learning and self.activation_checkpointing
+        remake_norms = is_learning and not torch.compiler.is_compiling()  # the compiler chooses for itself what it keeps
         for index, layer in enumerate(self.layers):
             if recompute:
                 x = checkpoint(layer, x, cos, sin, plan, None, index, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, plan, cache, index)
+                x = layer(x, cos, sin, plan, cache, index, remake_norms)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)

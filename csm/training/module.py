@@ -144,7 +144,7 @@ class CSMModule(LightningModule):
     def measure_batch(self, batch: Batch) -> Tensor:
         """Sums over a batch, float64 [2 + K + 4]: nats of codebook 0 and its targets, nats of codebooks 1..K-1, their
         rows, and `Losses.stop_counts`. Every frame counts; nothing is drawn."""
-        losses = csm_loss(self.update.model, batch, amortization=1.0)
+        losses = csm_loss(self.update.model, batch, amortization=1.0, depth_frames_at_once=self._depth_frames_at_once)
         num_depth_codebooks = losses.per_codebook.numel() - 1
         num_rows = losses.depth_count // num_depth_codebooks
         assert losses.stop_counts is not None, "validation runs in eval mode"
@@ -223,7 +223,13 @@ class CSMModule(LightningModule):
             num_c0_targets=num_c0_targets,
             num_depth_targets=num_depth_targets,
             static_shapes=self.config.trainer.compile,
+            depth_frames_at_once=self._depth_frames_at_once,
         )
+
+    @property
+    def _depth_frames_at_once(self) -> int | None:
+        can_group = self.update.has_whole_weights and not self.config.trainer.compile
+        return self.config.loss.depth_frames_at_once if can_group else None
 
     def _name_samples(self, step: Step, parts: list[Tensor]) -> str:
         """The samples to look at after a bad step, those of the worst micro-batch of all ranks; every rank must call it."""

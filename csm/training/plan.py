@@ -7,14 +7,20 @@ Communication buffers, fragmentation and the CUDA context are not counted: leave
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from csm.config import ModelConfig, PlanConfig, TransformerConfig
 from csm.frames import FRAME_RATE_HZ
 from csm.model.csm import CSM
+from csm.model.depth_nats import DepthTargets
 from csm.model.functions import cross_entropy
 
 GIB = 2**30
@@ -129,8 +135,12 @@ def make_plan(config: PlanConfig) -> Plan:
     device_hours = num_frames / frames_per_s / 3600
     memory = []
     for is_checkpointed in (False, True):
-        per_row = count_activations(config, activation_checkpointing=is_checkpointed)
+        in_groups, whole = (
+            count_activations(replace(config, rows=1), activation_checkpointing=is_checkpointed, depth_frames_at_once=at_once)
+            for at_once in (config.depth_frames_at_once, None)
+        )
         for strategy in STRATEGIES:
+            per_row = whole if strategy.startswith("zero3") else in_groups
             states = state_bytes(parts.total, strategy, config.devices, config.precision)
             fits = max(0, int((config.memory_gib * GIB - sum(states[:3])) // per_row))
             memory.append(Memory(strategy, is_checkpointed, *states[:3], config.rows * per_row, states[3], fits))
@@ -152,45 +162,75 @@ def state_bytes(num_parameters: int, strategy: str, devices: int, precision: str
     return weights, gradients, optimizer, 0.0
 
 
-def count_activations(config: PlanConfig, *, activation_checkpointing: bool, rows: int = 1) -> float:
-    """Peak bytes above weights and gradients during one step, counted on fake tensors; they grow with `rows`."""
+def count_activations(config: PlanConfig, *, activation_checkpointing: bool, depth_frames_at_once: int | None) -> float:
+    """Peak bytes above weights and gradients during one step of `config.rows`, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
 
     # Every layer of a stack costs the same: two sizes give the slope, so that an 8B model is as quick as a small one.
-    def peak(num_layers: int) -> float:
+    def peak(num_layers: int) -> int:
         model_config = replace(config.model, backbone=replace(config.model.backbone, num_layers=num_layers))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = CSM(model_config, dtype=torch.bfloat16 if config.precision == "bf16-true" else torch.float32)
             model.activation_checkpointing = activation_checkpointing
-            for parameter in model.parameters():
+            for parameter in model.parameters():  # as in every micro-batch of a step but the first
                 parameter.grad = torch.zeros_like(parameter)
-            tracker = MemTracker()
-            tracker.track_external(model)
-            with tracker, torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16-mixed"):
-                _step(model, rows, config.seq_len, config.amortization)
-            total = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
-        # Gradients are there from the start, as in every micro-batch of a step but the first.
-        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        return float(total - 2 * num_bytes)
+            with _LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+                _step(model, config.rows, config.seq_len, config.amortization, depth_frames_at_once)
+        return live.peak
 
     few, more = peak(2), peak(4)
     return few + (config.model.backbone.num_layers - 2) * (more - few) / 2
 
 
-def _step(model: CSM, rows: int, seq_len: int, amortization: float) -> None:
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside while they live. torch's own MemTracker knows no module called twice.
+
+    Attributes:
+        peak: the most at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in known:
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._storages:
+            return
+        num_bytes = storage.nbytes()
+        self._storages[storage] = True
+        self._now += num_bytes
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, num_bytes)
+
+    def _forget(self, num_bytes: int) -> None:
+        self._now -= num_bytes
+
+
+def _step(model: CSM, rows: int, seq_len: int, amortization: float, depth_frames_at_once: int | None) -> None:
     """The tensors of one training step: forward, both losses, backward."""
     columns = model.config.num_codebooks + 1
     tokens = torch.zeros(rows, seq_len, columns, dtype=torch.int64)
     mask = torch.ones(rows, seq_len, columns, dtype=torch.bool)
     num_picked = max(1, round(rows * seq_len * amortization))
     depth_index = torch.tensor([[0, 1]]).expand(num_picked, 2)
-    out = model(tokens, mask, depth_index=depth_index)
-    assert out.depth_logits is not None
-    targets = tokens[..., 0].flatten(), depth_index.new_zeros(num_picked * (columns - 2))
-    loss = cross_entropy(out.c0_logits.flatten(0, 1), targets[0]).sum()
-    loss = loss + cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), targets[1], overwrite=True).sum()
-    loss.backward()
+    codes, weights = depth_index.new_zeros(num_picked, columns - 2), torch.ones(columns - 2)
+    if depth_frames_at_once is None:
+        out = model(tokens, mask, depth_index=depth_index)
+        depth = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), codes.flatten(), overwrite=True).sum()
+    else:
+        targets = DepthTargets(codes, weights, depth_frames_at_once)
+        out = model(tokens, mask, depth_index=depth_index, depth_targets=targets)
+        depth = out.depth_nats.total
+    (cross_entropy(out.c0_logits.flatten(0, 1), tokens[..., 0].flatten(), overwrite=True).sum() + depth).backward()
 
 
 def _transformer_parameters(config: TransformerConfig) -> int:

@@ -20,7 +20,10 @@ class Update(Protocol):
     Attributes:
         model: what losses are computed with; called like a CSM.
         param_groups: the optimizers' groups, for settings such as the weight decay.
+        has_whole_weights: whether they are all there at any time of a forward pass.
     """
+
+    has_whole_weights: bool
 
     @property
     def model(self) -> Any: ...
@@ -51,6 +54,8 @@ class Update(Protocol):
 
 class PlainUpdate:
     """One process, or DDP: every process holds whole weights, gradients and optimizer state."""
+
+    has_whole_weights = True
 
     def __init__(self, module: LightningModule, model: nn.Module, clip_norm: float) -> None:
         self.model = model

@@ -26,6 +26,7 @@ from torch import Tensor
 from csm.config import TrainConfig
 from csm.model.checkpoint_folder import find_fault, open_part, publish, read_manifest
 from csm.model.csm import CSM, CSMOutput
+from csm.model.depth_nats import DepthNats
 from csm.model.pretrained import resolve_checkpoint, save_model
 from csm.model.weights import Source
 from csm.training.module import CSMModule
@@ -66,6 +67,7 @@ class ZeroUpdate:
 
     def __init__(self, engine: Any) -> None:
         self.model = EngineModel(engine)
+        self.has_whole_weights = not is_stage_3(engine)
         self._engine = engine
 
     @property
@@ -124,7 +126,8 @@ class EngineModel:
         return bool(self._engine.module.training)
 
     def __call__(self, *arguments: Any, **options: Any) -> CSMOutput:
-        return CSMOutput(*self._engine(*arguments, **options))
+        hidden, c0_logits, depth_logits, *nats = self._engine(*arguments, **options)
+        return CSMOutput(hidden, c0_logits, depth_logits, DepthNats(*nats) if nats else None)
 
 
 class ZeroStrategy(DDPStrategy):
@@ -260,7 +263,7 @@ class ZeroStrategy(DDPStrategy):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=self._process_group_backend, auto_mpi_discovery=False, verbose=False)
         # Ours first: stage 3 finds tensors in tuples, and hooks them, but not in a dataclass.
-        self._hook = module.model.register_forward_hook(lambda _, __, out: (out.hidden, out.c0_logits, out.depth_logits))
+        self._hook = module.model.register_forward_hook(lambda _, __, out: _tensors(out))
         num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
         (optimizer,) = module.configure_optimizers()
         engine, *_ = deepspeed.initialize(
@@ -325,6 +328,11 @@ class ZeroStrategy(DDPStrategy):
         if saved.optimizer != self._config.optim.name:
             raise ValueError(f"{folder} was trained with optim={saved.optimizer}, this run has optim={self._config.optim.name}")
         return saved
+
+
+def _tensors(out: CSMOutput) -> tuple[Tensor | None, ...]:
+    nats = () if out.depth_nats is None else (out.depth_nats.total, out.depth_nats.sums)
+    return out.hidden, out.c0_logits, out.depth_logits, *nats
 
 
 @contextmanager

@@ -68,6 +68,13 @@ def backward_static(model: CSM, documents: list[list[Rows]], step: int, amortiza
     return loss.item()
 
 
+def backward_groups(model: CSM, documents: list[list[Rows]], step: int, amortization: float) -> float:
+    batch = Batch.from_documents(documents, seq_len=32)
+    loss = csm_loss(model, batch, amortization, seed=0, step=step, depth_frames_at_once=3).loss
+    loss.backward()
+    return loss.item()
+
+
 def train(
     config: ModelConfig, amortization: float, backward: Loss, *, prepare: Callable[[CSM], object] = lambda model: None
 ) -> list[float]:
@@ -149,6 +156,11 @@ def test_resumed_run_gives_the_golden_losses_and_equals_an_uninterrupted_one(tin
     losses = train_resumed(tiny_model_config, amortization, tmp_path / "step_000009")
     assert_golden(losses, name)
     assert losses == train(tiny_model_config, amortization, backward_packed)  # bit for bit: nothing is lost on disk
+
+
+@pytest.mark.parametrize(("name", "amortization"), [("full", 1.0), ("amortized", 1 / 4)])
+def test_depth_decoder_a_few_frames_at_a_time_gives_the_golden_losses(tiny_model_config, name, amortization):
+    assert_golden(train(tiny_model_config, amortization, backward_groups), name)
 
 
 def test_static_shapes_give_the_golden_losses(tiny_model_config):
