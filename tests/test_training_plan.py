@@ -81,8 +81,10 @@ _MEASURE = """
 import resource, sys, torch
 from csm.cli.hydra_entry import compose
 from csm.config import PlanConfig
+from csm.model import functions
 from csm.model.csm import CSM
 from csm.training.plan import _step
+functions._CHUNK_ELEMENTS *= 16  # as on a GPU, which the plan is for
 torch.set_num_threads(1)
 rows, seq_len, checkpointing, at_once = (int(argument) for argument in sys.argv[1:])
 config = compose("plan", ["model=csm_small"], PlanConfig)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from csm.model.products import compute_dtype, linear
 
@@ -133,7 +134,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _rows_in_chunk(x: Tensor) -> int:
-    num_elements = _CHUNK_ELEMENTS if x.device.type == "cpu" else 16 * _CHUNK_ELEMENTS  # a GPU wants few, large launches
+    # A GPU wants few, large launches; fake tensors stand for one (csm plan).
+    is_cpu = x.device.type == "cpu" and not isinstance(x, FakeTensor)
+    num_elements = _CHUNK_ELEMENTS if is_cpu else 16 * _CHUNK_ELEMENTS
     return max(1, num_elements // x.shape[1])
 
 

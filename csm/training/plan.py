@@ -135,16 +135,25 @@ def make_plan(config: PlanConfig) -> Plan:
     device_hours = num_frames / frames_per_s / 3600
     memory = []
     for is_checkpointed in (False, True):
-        in_groups, whole = (
-            count_activations(replace(config, rows=1), activation_checkpointing=is_checkpointed, depth_frames_at_once=at_once)
-            for at_once in (config.depth_frames_at_once, None)
-        )
+        whole = _activations_of_rows(config, is_checkpointed, None)
+        in_groups = _activations_of_rows(config, is_checkpointed, config.depth_frames_at_once)
         for strategy in STRATEGIES:
-            per_row = whole if strategy.startswith("zero3") else in_groups
+            first, further = whole if strategy.startswith("zero3") else in_groups
             states = state_bytes(parts.total, strategy, config.devices, config.precision)
-            fits = max(0, int((config.memory_gib * GIB - sum(states[:3])) // per_row))
-            memory.append(Memory(strategy, is_checkpointed, *states[:3], config.rows * per_row, states[3], fits))
+            room = config.memory_gib * GIB - sum(states[:3]) - first
+            fits = 1 + int(room // further) if room >= 0 else 0
+            activations = first + (config.rows - 1) * further
+            memory.append(Memory(strategy, is_checkpointed, *states[:3], activations, states[3], fits))
     return Plan(parts, flops, memory, num_frames, device_hours, device_hours / config.devices, frames_per_s)
+
+
+def _activations_of_rows(config: PlanConfig, is_checkpointed: bool, depth_frames_at_once: int | None) -> tuple[float, float]:
+    """Of the first row of a micro-batch, and of each further one: where groups are full, those need no more depth decoder."""
+    one, two = (
+        count_activations(replace(config, rows=rows), activation_checkpointing=is_checkpointed, depth_frames_at_once=depth_frames_at_once)
+        for rows in (1, 2)
+    )
+    return one, two - one
 
 
 def state_bytes(num_parameters: int, strategy: str, devices: int, precision: str) -> tuple[float, float, float, float]:
