@@ -74,6 +74,7 @@ def test_defaults_are_not_shared_between_configurations(cls: type) -> None:
         (ModelConfig, {"audio_vocab_size": 0}, "model.audio_vocab_size=0: expected a positive number"),
         (LossConfig, {"amortization": 0.0}, r"loss.amortization=0.0: expected a share in \(0, 1\]"),
         (LossConfig, {"amortization": 1.5}, "loss.amortization=1.5"),
+        (LossConfig, {"depth_frames_at_once": 0}, "loss.depth_frames_at_once=0: expected 1 or more, or null"),
         (LossConfig, {"frame_dropout": 1.0}, r"loss.frame_dropout=1.0: expected a share in \[0, 1\)"),
         (LossConfig, {"z_loss": -0.1}, "loss.z_loss=-0.1: expected 0 or more"),
         (LossConfig, {"codebook_weights": [0.0, 0.0]}, r"loss.codebook_weights=\[0.0, 0.0\]: expected weights of 0 or more, not all 0"),
