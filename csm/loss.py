@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm.frames import PADDING_DOCUMENT, Batch, is_eos_row
-from csm.model.depth_nats import DepthTargets
+from csm.model.depth_nats import DepthTargets, nats_by_codebook
 from csm.model.functions import cross_entropy
 
 _IGNORED = -1  # target of a row that is not learnt
@@ -120,8 +120,7 @@ def csm_loss(
 
     if depth_frames_at_once is None:
         out = model(tokens, mask, document_ids=batch.document_ids, depth_index=depth_index)
-        nats = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), depth_codes.T.flatten(), overwrite=True)
-        codebook_sums = nats.view(num_depth_codebooks, -1).sum(dim=1)  # [K-1]
+        codebook_sums = nats_by_codebook(out.depth_logits.transpose(0, 1), depth_codes)
         depth = (codebook_sums * weights).sum()
     else:
         targets = DepthTargets(depth_codes, weights, depth_frames_at_once)

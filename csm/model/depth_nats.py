@@ -57,8 +57,8 @@ class _GroupedNats(torch.autograd.Function):
         (hidden, embeds), parameters = inputs[:2], inputs[2:]
         # Leaves of their own: the parameters' would wake whoever waits for their gradients, once a group.
         learnt = {name: p.detach().requires_grad_(want) for name, p, want in zip(names, parameters, wants[2:], strict=True)}
-        grads = [torch.zeros_like(head) if wants_head else None]
-        grads += [torch.empty_like(x) if want else None for x, want in zip((hidden, embeds), wants, strict=False)]
+        head_grad = torch.zeros_like(head) if wants_head else None
+        input_grads = [torch.empty_like(x) if want else None for x, want in zip((hidden, embeds), wants, strict=False)]
         head = head.to(compute_dtype(hidden))
         sums = torch.zeros_like(targets.weights)
         for start in range(0, hidden.shape[0], targets.frames_at_once):
@@ -68,23 +68,22 @@ class _GroupedNats(torch.autograd.Function):
                 outputs = functional_call(decode, learnt, tuple(leaves))  # [K-1, n, E]
             logits = batched_product(outputs, head).requires_grad_(wants_head or outputs.requires_grad)
             with torch.set_grad_enabled(logits.requires_grad):
-                nats = cross_entropy(logits.flatten(0, 1), targets.codes[group].T.flatten(), overwrite=True)
-                nats = nats.view(targets.weights.shape[0], -1).sum(dim=1)
+                nats = nats_by_codebook(logits, targets.codes[group])
             sums += nats.detach()
             if not logits.requires_grad:
                 continue
             with torch.autocast(hidden.device.type, enabled=False):  # as backward passes are
                 (grad_logits,) = torch.autograd.grad(nats, logits, targets.weights)  # written over the logits
-                if grads[0] is not None:
-                    add_product(grads[0], outputs.detach().mT, grad_logits)
+                if head_grad is not None:
+                    add_product(head_grad, outputs.detach().mT, grad_logits)
                 grad_outputs = batched_product(grad_logits, head.mT) if outputs.requires_grad else None
                 del logits, grad_logits
                 if grad_outputs is not None:
                     outputs.backward(grad_outputs)
-            for grad, leaf in zip(grads[1:], leaves, strict=True):
+            for grad, leaf in zip(input_grads, leaves, strict=True):
                 if grad is not None:
                     grad[group] = leaf.grad
-        ctx.save_for_backward(*grads, *(leaf.grad for leaf in learnt.values()))
+        ctx.save_for_backward(head_grad, *input_grads, *(leaf.grad for leaf in learnt.values()))
         ctx.mark_non_differentiable(sums)
         return (sums * targets.weights).sum(), sums
 
@@ -92,6 +91,18 @@ class _GroupedNats(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In place: together these are as large as the depth decoder, and nobody else has them.
         return None, None, None, *(kept if kept is None else kept.mul_(grad) for kept in ctx.saved_tensors)
+
+
+def nats_by_codebook(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy of each codebook, summed over frames; the backward pass writes the gradient over the logits.
+
+    Args:
+        logits: [K-1, N, V], contiguous.
+        codes: int64 [N, K-1]; -1 carries no loss.
+    Returns:
+        float32 [K-1].
+    """
+    return cross_entropy(logits.flatten(0, 1), codes.T.flatten(), overwrite=True).view(logits.shape[:2]).sum(dim=1)
 
 
 def depth_nats(decode: nn.Module, head: Tensor, hidden: Tensor, embeds: Tensor, targets: DepthTargets) -> DepthNats:

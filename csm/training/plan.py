@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from csm.config import ModelConfig, PlanConfig, TransformerConfig
 from csm.frames import FRAME_RATE_HZ
 from csm.model.csm import CSM
-from csm.model.depth_nats import DepthTargets
+from csm.model.depth_nats import DepthTargets, nats_by_codebook
 from csm.model.functions import cross_entropy
 
 GIB = 2**30
@@ -231,12 +231,12 @@ def _step(model: CSM, rows: int, seq_len: int, amortization: float, depth_frames
     mask = torch.ones(rows, seq_len, columns, dtype=torch.bool)
     num_picked = max(1, round(rows * seq_len * amortization))
     depth_index = torch.tensor([[0, 1]]).expand(num_picked, 2)
-    codes, weights = depth_index.new_zeros(num_picked, columns - 2), torch.ones(columns - 2)
+    codes = depth_index.new_zeros(num_picked, columns - 2)
     if depth_frames_at_once is None:
         out = model(tokens, mask, depth_index=depth_index)
-        depth = cross_entropy(out.depth_logits.transpose(0, 1).flatten(0, 1), codes.flatten(), overwrite=True).sum()
+        depth = nats_by_codebook(out.depth_logits.transpose(0, 1), codes).sum()
     else:
-        targets = DepthTargets(codes, weights, depth_frames_at_once)
+        targets = DepthTargets(codes, torch.ones(columns - 2), depth_frames_at_once)
         out = model(tokens, mask, depth_index=depth_index, depth_targets=targets)
         depth = out.depth_nats.total
     (cross_entropy(out.c0_logits.flatten(0, 1), tokens[..., 0].flatten(), overwrite=True).sum() + depth).backward()
